@@ -1,0 +1,118 @@
+"""Chooses the implementation of a call from metadata alone: device, dtype, what is installed.
+
+An explicit ``impl=`` never falls back: what it cannot serve raises with each implementation's
+reason.  ``impl="auto"`` walks a fixed order per device and says once when it ends at the
+reference.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import importlib.util
+import os
+import warnings
+from collections.abc import Iterator
+
+import torch
+
+from attnkern import _native
+
+IMPLS = ("auto", "native", "triton", "reference")
+ORDER = {"cuda": ("native", "triton", "reference"), "cpu": ("native", "reference")}
+
+_override: str | None = None
+_warned: set[tuple[str, str, torch.dtype]] = set()
+
+
+def _environment() -> str:
+    impl = os.environ.get("ATTNKERN_IMPL", "auto")
+    if impl not in IMPLS:
+        raise ValueError(f"attnkern: ATTNKERN_IMPL must be one of {', '.join(IMPLS)}, got {impl!r}")
+    return impl
+
+
+_default = _environment()
+_interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
+_has_triton = importlib.util.find_spec("triton") is not None
+
+
+@contextlib.contextmanager
+def use_impl(impl: str) -> Iterator[None]:
+    """Make ``impl`` what ``impl="auto"`` means inside the block, for every thread.
+
+    >>> with attnkern.use_impl("reference"):
+    ...     y = model(x)
+    """
+    global _override
+    if impl not in IMPLS:
+        raise ValueError(f"use_impl: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+    previous, _override = _override, impl
+    try:
+        yield
+    finally:
+        _override = previous
+
+
+def refuse(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    """Why ``impl`` cannot serve ``dtype`` tensors on ``device``; None when it can."""
+    if impl == "reference":
+        return None
+    if impl == "native":
+        if not _native.available:
+            return _native.reason
+        if device.type == "cpu":
+            return None
+        if device.type != "cuda":
+            return f"it has no kernels for device {device.type}"
+        if not _native.has_cuda:
+            return "attnkern was built without CUDA (no nvcc was found); rebuild with one"
+        if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
+            return "it needs compute capability 8.0 or newer"
+        return "its CUDA kernels have no float64" if dtype == torch.float64 else None
+    if not _has_triton:
+        return "the package triton is not installed"
+    if device.type != "cuda" and not (device.type == "cpu" and _interpreting):
+        return f"Triton has no kernels for device {device.type} (set TRITON_INTERPRET=1 to interpret on CPU)"
+    return "its kernels have no float64" if dtype == torch.float64 else None
+
+
+def select(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
+    """The implementation that runs ``op``; raises ValueError when ``impl`` cannot serve it."""
+    if impl == "auto":
+        impl = _override or _default
+    if impl != "auto":
+        reason = refuse(impl, device, dtype) if impl in IMPLS else "unknown"
+        if reason is None:
+            return impl
+        if reason == "unknown":
+            raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
+        others = "; ".join(
+            f"{other}: {refuse(other, device, dtype) or 'can serve it'}"
+            for other in IMPLS[1:]
+            if other != impl
+        )
+        raise ValueError(
+            f"{op}: impl={impl!r} cannot serve {dtype} on {device.type}: {reason}. Others: {others}"
+        )
+    for impl in ORDER.get(device.type, ("reference",)):
+        if refuse(impl, device, dtype) is None:
+            break
+    if impl == "reference" and not torch.compiler.is_compiling():
+        _say_once(op, device, dtype)
+    return impl
+
+
+def _say_once(op: str, device: torch.device, dtype: torch.dtype) -> None:
+    key = (op, device.type, dtype)
+    if key in _warned:
+        return
+    _warned.add(key)
+    reasons = "; ".join(
+        f"{impl}: {refuse(impl, device, dtype)}"
+        for impl in ORDER.get(device.type, ("native", "triton"))
+        if impl != "reference"
+    )
+    warnings.warn(
+        f"{op} runs its reference implementation for {dtype} on {device.type}: {reasons}",
+        stacklevel=4,
+    )

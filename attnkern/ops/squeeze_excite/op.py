@@ -1,0 +1,481 @@
+"""``squeeze_excite`` and its halves: user checks, selection, fakes and autograd."""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkern import _checks, _layout, _library
+from attnkern._select import select
+from attnkern.ops.squeeze_excite import reference
+from attnkern.ops.squeeze_excite.reference import (
+    ACTS,
+    APPLIES,
+    GATES,
+    MASKED_OUT_ACTS,
+    OUT_ACTS,
+    Options,
+    accumulation_dtype,
+)
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+_OPTIONS = (
+    "str act, float act_slope, str gate, float gate_slope, float gate_offset, "
+    "str apply, float gain, str out_act"
+)
+
+# ------------------------------------------------------------------ operators and fakes
+
+
+def _mask_shape(x: Tensor) -> tuple[int, int]:
+    batch, channels, length = x.shape[0], x.shape[1], math.prod(x.shape[2:])
+    if _layout.is_channels_last(x):
+        return batch * length, (channels + 7) // 8
+    return batch * channels, (length + 7) // 8
+
+
+def _logits_width(channels: int, apply: str) -> int:
+    return 2 * channels if apply == "scale_shift" else channels
+
+
+def _fwd_fake(
+    x: Tensor,
+    src: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    act_weight: Tensor | None,
+    residual: Tensor | None,
+    drop_path: Tensor | None,
+    act: str,
+    act_slope: float,
+    gate: str,
+    gate_slope: float,
+    gate_offset: float,
+    apply: str,
+    gain: float,
+    out_act: str,
+    save_mask: bool,
+) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    batch, channels = x.shape[0], x.shape[1]
+    small = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
+    mean = small.new_empty(batch, channels) if src is None else small.new_empty(0)
+    hidden = small.new_empty(batch, w1.shape[0]) if w1 is not None and w2 is not None else small
+    logits = small.new_empty(batch, _logits_width(channels, apply))
+    mask = x.new_empty(_mask_shape(x) if save_mask else 0, dtype=torch.uint8)
+    return torch.empty_like(x), mean, hidden, logits, mask
+
+
+def _bwd_fake(
+    dy: Tensor,
+    dlogits: Tensor | None,
+    x: Tensor,
+    src: Tensor | None,
+    w1: Tensor | None,
+    b1: Tensor | None,
+    w2: Tensor | None,
+    b2: Tensor | None,
+    act_weight: Tensor | None,
+    residual: Tensor | None,
+    drop_path: Tensor | None,
+    mean: Tensor,
+    hidden: Tensor,
+    logits: Tensor,
+    mask: Tensor,
+    act: str,
+    act_slope: float,
+    gate: str,
+    gate_slope: float,
+    gate_offset: float,
+    apply: str,
+    gain: float,
+    out_act: str,
+    need_dx: bool,
+    need_dw: bool,
+    need_dresidual: bool,
+) -> tuple[Tensor, ...]:
+    def like(t: Tensor | None, needed: bool) -> Tensor:
+        return torch.empty_like(t) if t is not None and needed else x.new_empty(0)
+
+    return (
+        like(x, need_dx),
+        like(src, True),
+        like(w1, need_dw),
+        like(b1, need_dw),
+        like(w2, need_dw),
+        like(b2, need_dw),
+        like(act_weight, need_dw),
+        torch.empty_like(x) if need_dresidual else x.new_empty(0),
+        like(drop_path, True),
+    )
+
+
+_TENSORS = (
+    "Tensor x, Tensor? src, Tensor? w1, Tensor? b1, Tensor? w2, Tensor? b2, "
+    "Tensor? act_weight, Tensor? residual, Tensor? drop_path"
+)
+
+squeeze_excite_fwd = _library.define(
+    "squeeze_excite_fwd",
+    f"({_TENSORS}, {_OPTIONS}, bool save_mask)"
+    " -> (Tensor y, Tensor mean, Tensor hidden, Tensor logits, Tensor mask)",
+    _fwd_fake,
+)
+squeeze_excite_bwd = _library.define(
+    "squeeze_excite_bwd",
+    f"(Tensor dy, Tensor? dlogits, {_TENSORS}, Tensor mean, Tensor hidden, Tensor logits, "
+    f"Tensor mask, {_OPTIONS}, bool need_dx, bool need_dw, bool need_dresidual)"
+    " -> (Tensor dx, Tensor dsrc, Tensor dw1, Tensor db1, Tensor dw2, Tensor db2, "
+    "Tensor dact_weight, Tensor dresidual, Tensor ddrop_path)",
+    _bwd_fake,
+)
+squeeze_fwd = _library.define(
+    "squeeze_fwd",
+    "(Tensor x) -> Tensor",
+    lambda x: x.new_empty(x.shape[:2], dtype=accumulation_dtype(x.dtype)),
+)
+
+# ------------------------------------------------------------------ autograd
+
+
+class _SqueezeExcite(torch.autograd.Function):
+    """Saves x and [B, C]-sized tensors; the residual only where out_act' needs more than a bit."""
+
+    @staticmethod
+    def forward(ctx: Any, impl: str, options: Options, *tensors: Tensor | None) -> Any:
+        x, src, w1, b1, w2, b2, act_weight, residual, drop_path = tensors
+        save_mask = options.out_act in MASKED_OUT_ACTS and any(ctx.needs_input_grad)
+        y, mean, hidden, logits, mask = squeeze_excite_fwd[impl](*tensors, *options, save_mask)
+        keep_residual = residual is not None and options.out_act not in (
+            *MASKED_OUT_ACTS,
+            "identity",
+        )
+        ctx.impl, ctx.options = impl, options
+        ctx.save_for_backward(
+            *(x, src, w1, b1, w2, b2, act_weight),
+            residual if keep_residual else None,
+            *(drop_path, mean, hidden, logits, mask),
+        )
+        ctx.set_materialize_grads(False)
+        return y, logits
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor | None, dlogits: Tensor | None) -> Any:
+        saved = ctx.saved_tensors
+        inputs, (mean, hidden, logits, mask) = saved[:9], saved[9:]
+        x, options, needs = inputs[0], ctx.options, ctx.needs_input_grad[2:]
+        if dy is None:
+            dy = torch.zeros_like(x)
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            # create_graph=True: the same formulas in differentiable PyTorch, for double backward
+            bits = (
+                reference.unpack_mask(mask, x, _layout.is_channels_last(x))
+                if mask.numel()
+                else None
+            )
+            grads: tuple[Tensor | None, ...] = reference.backward(
+                dy, dlogits, *inputs, options, bits
+            )
+        else:
+            dy = _layout.like(dy, x)
+            identity = options.out_act == "identity"
+            grads = squeeze_excite_bwd[ctx.impl](
+                *(dy, dlogits, *inputs, mean, hidden, logits, mask, *options),
+                *(needs[0], any(needs[2:7]), needs[7] and not identity),
+            )
+            if identity:
+                grads = (*grads[:7], dy, grads[8])
+        return None, None, *(g if need else None for g, need in zip(grads, needs, strict=True))
+
+
+class _Squeeze(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, impl: str, x: Tensor) -> Tensor:
+        ctx.shape, ctx.dtype = x.shape, x.dtype
+        return squeeze_fwd[impl](x)
+
+    @staticmethod
+    def backward(ctx: Any, dm: Tensor) -> Any:
+        dx = (dm / math.prod(ctx.shape[2:])).to(ctx.dtype)
+        return None, reference.per_channel(dx, torch.empty(ctx.shape, device="meta")).expand(
+            ctx.shape
+        )
+
+
+# ------------------------------------------------------------------ public functions
+
+
+def squeeze_excite(
+    x: Tensor,
+    w1: Tensor | None,
+    b1: Tensor | None = None,
+    w2: Tensor | None = None,
+    b2: Tensor | None = None,
+    *,
+    src: Tensor | None = None,
+    act: str = "relu",
+    act_slope: float = 0.01,
+    act_weight: Tensor | None = None,
+    gate: str = "sigmoid",
+    gate_slope: float = 1 / 6,
+    gate_offset: float = 0.5,
+    apply: str = "scale",
+    gain: float = 1.0,
+    residual: Tensor | None = None,
+    drop_path: Tensor | None = None,
+    out_act: str = "identity",
+    return_gate: bool = False,
+    impl: str = "auto",
+) -> Any:
+    r"""Squeeze-and-excitation: weigh the channels of ``x`` by a gate computed from their means.
+
+    .. math::
+        m = \tfrac{1}{L}\sum_l x_l,\quad h = W_1 m + b_1,\quad z = W_2\,\mathrm{act}(h) + b_2,\quad
+        y = \mathrm{out\_act}(\mathrm{residual} + d \cdot \mathrm{gain} \cdot (s \odot x + t))
+
+    with (s, t) from g = gate(z): ``"scale"`` s = g; ``"scale1p"`` s = 1 + g; ``"scale_shift"``
+    s = gate(z[:C]), t = z[C:]; ``"shift"`` s = 1, t = g.
+
+    Args:
+        x: [B, C, *spatial] with one to three spatial dims; float32, bfloat16, float16, or float64
+            (CPU).  Contiguous, channels_last and slices of either along B or C are read in place.
+        w1: first layer, [R, C], [R, C, 1], ... as ``nn.Linear`` or a 1x1 convolution stores it;
+            [C, C] alone (w2 None) makes a one-layer MLP (effective SE).  None takes ``src`` as
+            the logits.  Weights share one dtype: x's, or float32.
+        b1: [R] or None.
+        w2: second layer, [C, R] or [2C, R] for ``apply="scale_shift"``, or None.
+        b2: [C] (or [2C]) or None.
+        src: [B, C] squeezed features to use in place of x's mean ([B, 2C] logits for w1 None and
+            ``"scale_shift"``); x's dtype or float32.
+        act: hidden activation: identity, relu, relu6, leaky_relu (slope ``act_slope``), silu,
+            hardswish, gelu, mish or prelu (slopes ``act_weight`` [1] or [R]).
+        gate: sigmoid, hard_sigmoid = clamp(gate_slope z + gate_offset, 0, 1), relu, tanh, identity.
+        apply: scale, scale1p, scale_shift or shift.
+        gain: constant factor of the gated branch (2.0 in NFNet).
+        residual: shortcut of x's shape and dtype, added before ``out_act``.
+        drop_path: [B] (or [B, 1, ...]) per-sample factor of the gated branch.
+        out_act: identity, relu, relu6, silu, hardswish or gelu.
+        return_gate: also return the gate g, [B, C] in x's dtype, differentiable.
+        impl: auto, native, triton or reference; an explicit choice never falls back.
+
+    Returns:
+        y with x's shape, dtype and memory format; ``(y, gate)`` with ``return_gate``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what was given.
+
+    Sums run in float32 (float64 for float64 x) in a fixed order: results repeat bit for bit.
+    Backward keeps x, tensors of size [B, C], one bit an element for a relu or relu6 ``out_act``, and
+    the residual for silu, hardswish and gelu.  Double backward runs through the reference.
+
+    Source: Hu et al., Squeeze-and-Excitation Networks, arXiv:1709.01507.
+
+    >>> x, w1, w2 = torch.randn(8, 64, 28, 28), torch.randn(4, 64), torch.randn(64, 4)
+    >>> squeeze_excite(x, w1, None, w2).shape
+    torch.Size([8, 64, 28, 28])
+    """
+    options = Options(
+        act, act_slope, gate, gate_slope, gate_offset, apply, gain, "identity" if out_act is None else out_act
+    )
+    _check_map("squeeze_excite", x)
+    _check_options("squeeze_excite", options)
+    _check_mlp("squeeze_excite", x, src, w1, b1, w2, b2, act_weight, options)
+    _check_epilogue("squeeze_excite", x, residual, drop_path)
+    if w1 is None and src is None:
+        raise ValueError(
+            "squeeze_excite: src must be given when w1 is None, got neither"
+        )
+    y, logits = _run(
+        "squeeze_excite", impl, options, x, src, w1, b1, w2, b2, act_weight, residual, drop_path
+    )
+    if return_gate:
+        return y, reference.gate_of(logits, x.shape[1], options).to(x.dtype)
+    return y
+
+
+def excite(
+    x: Tensor,
+    logits: Tensor,
+    *,
+    gate: str = "identity",
+    gate_slope: float = 1 / 6,
+    gate_offset: float = 0.5,
+    apply: str = "scale",
+    gain: float = 1.0,
+    residual: Tensor | None = None,
+    drop_path: Tensor | None = None,
+    out_act: str = "identity",
+    impl: str = "auto",
+) -> Tensor:
+    """The second half of `squeeze_excite`: y = out_act(residual + d gain (s x + t)) from given logits.
+
+    Args:
+        x: [B, C, *spatial], as in `squeeze_excite`.
+        logits: [B, C] gate pre-activations (the gate itself with ``gate="identity"``), [B, 2C] for
+            ``apply="scale_shift"``; x's dtype or float32.
+
+    The other arguments, the result and the errors are those of `squeeze_excite`.
+
+    >>> x = torch.randn(2, 8, 16)
+    >>> torch.equal(excite(x, torch.ones(2, 8)), x)
+    True
+    """
+    options = Options(
+        "identity", 0.0, gate, gate_slope, gate_offset, apply, gain, "identity" if out_act is None else out_act
+    )
+    _check_map("excite", x)
+    _check_options("excite", options)
+    _check_mlp("excite", x, logits, None, None, None, None, None, options, src_name="logits")
+    _check_epilogue("excite", x, residual, drop_path)
+    return _run("excite", impl, options, x, logits, *(None,) * 5, residual, drop_path)[0]
+
+
+def squeeze(x: Tensor, *, impl: str = "auto") -> Tensor:
+    """The first half of `squeeze_excite`: the mean of x [B, C, *spatial] over its positions, [B, C].
+
+    Summed in float32 (float64 for float64 x) and returned in that dtype.
+
+    >>> squeeze(torch.ones(2, 8, 5, 5)).shape
+    torch.Size([2, 8])
+    """
+    _check_map("squeeze", x)
+    impl = select("squeeze", impl, x.device, x.dtype)
+    if impl == "reference":
+        return reference.squeeze(x)
+    x = _layout.as_readable(x)
+    if torch.is_grad_enabled() and x.requires_grad:
+        return _Squeeze.apply(impl, x)
+    return squeeze_fwd[impl](x)
+
+
+def _run(op: str, impl: str, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+    """Select, normalise the small tensors and layouts, and call the implementation."""
+    x, src, w1, b1, w2, b2, act_weight, residual, drop_path = tensors
+    assert x is not None
+    impl = select(op, impl, x.device, x.dtype)
+    acc = accumulation_dtype(x.dtype)
+    if src is not None:
+        src = src.flatten(1).to(acc).contiguous()
+    if drop_path is not None:
+        drop_path = drop_path.flatten().to(acc).contiguous()
+    tensors = (x, src, w1, b1, w2, b2, act_weight, residual, drop_path)
+    if impl == "reference":
+        return reference.forward(*tensors, options)  # type: ignore[arg-type]
+    x = _layout.as_readable(x)
+    if residual is not None:
+        residual = _layout.like(residual, x)
+    w1, b1, w2, b2, act_weight = (
+        t if t is None or t.is_contiguous() else t.contiguous()
+        for t in (w1, b1, w2, b2, act_weight)
+    )
+    tensors = (x, src, w1, b1, w2, b2, act_weight, residual, drop_path)
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _SqueezeExcite.apply(impl, options, *tensors)
+    y, _, _, logits, _ = squeeze_excite_fwd[impl](*tensors, *options, False)
+    return y, logits
+
+
+# ------------------------------------------------------------------ user checks
+
+
+def _check_map(op: str, x: Any) -> None:
+    _checks.tensor(op, "x", x)
+    _checks.dtype(op, "x", x, DTYPES)
+    if not 3 <= x.dim() <= 5:
+        _checks.fail(op, "x", "have shape [B, C, *spatial] with 1 to 3 spatial dims", list(x.shape))
+    if x.layout != torch.strided:
+        _checks.fail(op, "x", "be a strided tensor", x.layout)
+    for axis, size in enumerate(x.shape[1:], 1):
+        if size == 0:
+            _checks.fail(op, "x", f"have at least one element along dim {axis}", list(x.shape))
+
+
+def _check_options(op: str, o: Options) -> None:
+    _checks.choice(op, "act", o.act, ACTS)
+    _checks.choice(op, "gate", o.gate, GATES)
+    _checks.choice(op, "apply", o.apply, APPLIES)
+    _checks.choice(op, "out_act", o.out_act, OUT_ACTS)
+    _checks.number(op, "act_slope", o.act_slope, minimum=0)
+    _checks.number(op, "gate_slope", o.gate_slope, minimum=0)
+    _checks.number(op, "gate_offset", o.gate_offset)
+    _checks.number(op, "gain", o.gain)
+
+
+def _check_mlp(
+    op: str,
+    x: Tensor,
+    src: Any,
+    w1: Any,
+    b1: Any,
+    w2: Any,
+    b2: Any,
+    act_weight: Any,
+    o: Options,
+    src_name: str = "src",
+) -> None:
+    channels = x.shape[1]
+    width = _logits_width(channels, o.apply)
+    if w1 is None:
+        for name, value in (("b1", b1), ("w2", w2), ("b2", b2)):
+            if value is not None:
+                _checks.fail(op, name, "be None when w1 is None", "a tensor")
+    if w2 is None and b2 is not None:
+        _checks.fail(op, "b2", "be None when w2 is None", "a tensor")
+    if (o.act == "prelu") != (act_weight is not None):
+        _checks.fail(
+            op, "act_weight", 'be given exactly when act="prelu"', f"act={o.act!r} and {type(act_weight).__name__}"
+        )
+    if src is not None:
+        _check_small(op, src_name, src, x, (x.dtype, torch.float32))
+        inputs = width if w1 is None else channels
+        if src.shape[:2] != (x.shape[0], inputs) or src.numel() != x.shape[0] * inputs:
+            _checks.fail(op, src_name, f"have shape [B={x.shape[0]}, {inputs}]", list(src.shape))
+    if w1 is None:
+        return
+    weights = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "act_weight": act_weight}
+    for name, value in weights.items():
+        if value is not None:
+            _check_small(op, name, value, x, (x.dtype, torch.float32))
+            if value.dtype != w1.dtype:
+                _checks.fail(op, name, f"have the dtype of w1 ({w1.dtype})", value.dtype)
+    hidden = width if w2 is None else w1.shape[0] if w1.dim() else 0
+    rows = {"w1": (hidden, channels), "w2": (width, hidden)}
+    symbols = {"w1": ("R", "C"), "w2": ("2C" if o.apply == "scale_shift" else "C", "R")}
+    for name, (out, inner) in rows.items():
+        value = weights[name]
+        if value is None:
+            continue
+        if value.dim() < 2 or tuple(value.shape[:2]) != (out, inner) or math.prod(value.shape[2:]) != 1 or 0 in value.shape:
+            free = name == "w1" and w2 is not None
+            left = "R" if free else f"{symbols[name][0]}={out}"
+            _checks.fail(
+                op, name, f"have shape [{left}, {symbols[name][1]}={inner}] (and trailing ones)", list(value.shape)
+            )
+    for name, size in (("b1", hidden), ("b2", width)):
+        value = weights[name]
+        if value is not None and tuple(value.shape) != (size,):
+            _checks.fail(op, name, f"have shape [{size}]", list(value.shape))
+    if act_weight is not None and tuple(act_weight.shape) not in ((1,), (hidden,)):
+        _checks.fail(op, "act_weight", f"have shape [1] or [R={hidden}]", list(act_weight.shape))
+
+
+def _check_small(op: str, name: str, value: Any, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+    _checks.tensor(op, name, value)
+    _checks.dtype(op, name, value, dtypes)
+    _checks.device(op, name, value, x)
+
+
+def _check_epilogue(op: str, x: Tensor, residual: Any, drop_path: Any) -> None:
+    if residual is not None:
+        _check_small(op, "residual", residual, x, (x.dtype,))
+        if residual.shape != x.shape:
+            _checks.fail(op, "residual", f"have the shape of x {list(x.shape)}", list(residual.shape))
+    if drop_path is not None:
+        _check_small(op, "drop_path", drop_path, x, (x.dtype, torch.float32))
+        if drop_path.dim() == 0 or drop_path.shape[0] != x.shape[0] or drop_path.numel() != x.shape[0]:
+            _checks.fail(op, "drop_path", f"have shape [B={x.shape[0]}]", list(drop_path.shape))

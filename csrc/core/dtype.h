@@ -1,0 +1,19 @@
+// Element types of tensors and a visitor from the run-time value to the C++ type.
+#pragma once
+
+#include <cstdint>
+
+namespace attnkern {
+
+enum class DType : int { float32, float64, bfloat16, float16 };
+
+constexpr int size_of(DType dtype) {
+  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
+}
+
+// Accumulation, and everything of size [B, C], is in float; in double for double tensors.
+constexpr DType accumulation(DType dtype) {
+  return dtype == DType::float64 ? DType::float64 : DType::float32;
+}
+
+}  // namespace attnkern

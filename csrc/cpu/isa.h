@@ -1,0 +1,14 @@
+// Which instruction set the CPU kernels run with: detected once, or forced by ATTNKERN_CPU_ISA=avx512|avx2|scalar.
+#pragma once
+
+#include <vector>
+
+namespace attnkern::cpu {
+
+enum class Isa { avx512, avx2, scalar };  // in order of preference
+
+const char* name(Isa isa);
+std::vector<Isa> supported_isas();  // by this processor, best first
+Isa active_isa();
+
+}  // namespace attnkern::cpu
