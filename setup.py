@@ -51,6 +51,8 @@ class CMakeBuild(build_ext):
             f"-DATTNKERN_TORCH_LIB={torch_build.TORCH_LIB_PATH}",
             f"-DATTNKERN_NVCC={find_nvcc()}",
         ]
+        if targets := os.environ.get("ATTNKERN_CUDA_ARCHITECTURES"):
+            configure.append(f"-DATTNKERN_CUDA_ARCHITECTURES={targets}")
         subprocess.run(configure, check=True)
         subprocess.run(["cmake", "--build", str(build), "--parallel", os.environ.get("MAX_JOBS", str(os.cpu_count()))], check=True)
         out.parent.mkdir(parents=True, exist_ok=True)
