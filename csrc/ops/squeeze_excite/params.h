@@ -9,14 +9,13 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "core/activation.h"
 #include "core/dtype.h"
 #include "core/parallel.h"
 #include "core/status.h"
 
 namespace attnkern::squeeze_excite {
 
-enum class Act : int { identity, relu, relu6, leaky_relu, silu, hardswish, gelu, mish, prelu };
-enum class Gate : int { identity, sigmoid, hard_sigmoid, relu, tanh };
 enum class Apply : int { scale, scale1p, scale_shift, shift };
 
 // A feature map of B samples. Channels first: a row is one channel's L positions. Channels last: a row is one
