@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib
 import pkgutil
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -98,6 +98,12 @@ class Result:
     outputs: tuple[Tensor, ...]
     grads: Tensors
 
+    def items(self) -> Iterator[tuple[str, Tensor]]:
+        for index, output in enumerate(self.outputs):
+            yield f"output {index}", output
+        for name, grad in self.grads.items():
+            yield f"grad of {name}", grad
+
 
 def run(
     function: Callable[..., Any],
@@ -112,11 +118,9 @@ def run(
     leaves = {name: t.detach().requires_grad_() for name, t in tensors.items()}
     outputs = as_tuple(function(**leaves, **options, **extra))
     if grad_outputs is None:
-        generator = torch.Generator().manual_seed(seed)
-        grad_outputs = [
-            torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs
-        ]
-    grads = torch.autograd.grad(outputs, list(leaves.values()), list(grad_outputs))
+        grad_outputs = noise_like(outputs, seed)
+    matched = [g.to(o.dtype) for g, o in zip(grad_outputs, outputs, strict=True)]
+    grads = torch.autograd.grad(outputs, list(leaves.values()), matched)
     return Result(outputs, dict(zip(leaves, grads, strict=True)))
 
 
@@ -124,39 +128,89 @@ def double(tensors: Tensors) -> Tensors:
     return {name: t.detach().double().cpu() for name, t in tensors.items()}
 
 
-def error_ratio(got: Tensor, eager: Tensor, oracle: Tensor) -> float:
-    """max|got - oracle| over (max|eager - oracle| + one rounding of the largest value); 2 is the limit.
+def largest_error(value: Tensor, oracle: Tensor) -> float:
+    """max|value - oracle| where both are finite."""
+    v, o = value.detach().double().cpu(), oracle.detach().double().cpu()
+    finite = torch.isfinite(v) & torch.isfinite(o)
+    return float((v - o)[finite].abs().max()) if finite.any() else 0.0
 
-    All three must have NaN and infinity in the same places, or the ratio is infinite.
+
+def error_ratio(
+    got: Tensor, eager: Tensor, oracle: Tensor, eager_error: float | None = None
+) -> float:
+    """max|got - oracle| over (eager's own error + one rounding of the largest value); 2 is the limit.
+
+    Eager's error is max|eager - oracle| unless given.  The ratio is infinite where ``got`` is not finite
+    though the oracle is, or where the oracle is not and ``got`` is not exactly what eager is.
     """
     g, e, o = (t.detach().double().cpu() for t in (got, eager, oracle))
     finite = torch.isfinite(o.to(got.dtype).double())
-    if not torch.equal(torch.nan_to_num(g[~finite]), torch.nan_to_num(e[~finite])):
+    same = (g == e) | (g.isnan() & e.isnan())
+    if not same[~finite].all() or not torch.isfinite(g[finite]).all():
         return float("inf")
-    if not torch.isfinite(g[finite]).all():
-        return float("inf")
-    g, e, o = g[finite], e[finite], o[finite]
+    if eager_error is None:
+        eager_error = largest_error(eager, oracle)
+    g, o = g[finite], o[finite]
     if o.numel() == 0:
         return 0.0
-    band = torch.finfo(got.dtype).eps * o.abs().max()
-    error = (g - o).abs().max()
-    return 0.0 if error == 0 else float(error / ((e - o).abs().max() + band))
+    error = float((g - o).abs().max())
+    band = torch.finfo(got.dtype).eps * float(o.abs().max())
+    return 0.0 if error == 0 else error / (eager_error + band) if eager_error + band else float("inf")
 
 
-def check(got: Result, eager: Result, oracle: Result, limit: float = 2.0) -> None:
+def check(
+    got: Result,
+    eager: Result,
+    oracle: Result,
+    limit: float = 2.0,
+    eager_errors: Mapping[str, float] | None = None,
+) -> None:
     """Every output and gradient within ``limit`` of the error budget; raises with the worst."""
-    rows = [
-        (f"output {i}", *triple)
-        for i, triple in enumerate(zip(got.outputs, eager.outputs, oracle.outputs, strict=True))
-    ]
-    rows += [(f"grad of {name}", g, eager.grads[name], oracle.grads[name]) for name, g in got.grads.items()]
+    eager_values, oracle_values = dict(eager.items()), dict(oracle.items())
     worst = {}
-    for name, g, e, o in rows:
+    for name, g in got.items():
+        e, o = eager_values[name], oracle_values[name]
         assert g.shape == o.shape, f"{name} has shape {list(g.shape)}, expected {list(o.shape)}"
-        ratio = error_ratio(g, e, o)
+        ratio = error_ratio(g, e, o, None if eager_errors is None else eager_errors[name])
         if not ratio <= limit:
             worst[name] = ratio
     assert not worst, f"error against float64 over eager's own (limit {limit}): {worst}"
+
+
+@dataclass
+class Expected:
+    """What a call is held to: eager's result, the oracle's, and eager's error, by output and gradient."""
+
+    eager: Result
+    oracle: Result
+    errors: dict[str, float]
+
+
+def expected(spec: OpSpec, case: Case, tensors: Tensors, grad_outputs: Sequence[Tensor]) -> Expected:
+    """Eager in the tensors' own dtype, and in float64 on the CPU.
+
+    In float64 eager is the oracle; its error is then float32's for the same values, scaled by the
+    ratio of the two roundings.
+    """
+
+    def both(values: Tensors, grads: Sequence[Tensor]) -> tuple[Result, Result]:
+        eager = run(spec.eager, values, case.options, grads)
+        return eager, run(spec.eager, double(values), case.options, [g.double().cpu() for g in grads])
+
+    eager, oracle = measured = both(tensors, grad_outputs)
+    scale = 1.0
+    if eager.outputs[0].dtype == torch.float64:
+        measured = both({k: t.float() for k, t in tensors.items()}, [g.float() for g in grad_outputs])
+        scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
+    pairs = zip(measured[0].items(), measured[1].items(), strict=True)
+    errors = {name: scale * largest_error(e, o) for (name, e), (_, o) in pairs}
+    return Expected(eager, oracle, errors)
+
+
+def noise_like(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
+    """Seeded standard-normal gradients for these outputs."""
+    generator = torch.Generator().manual_seed(seed)
+    return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
 
 
 def compare(spec: OpSpec, case: Case, tensors: Tensors, limit: float = 2.0, **extra: Any) -> Result:
@@ -165,16 +219,9 @@ def compare(spec: OpSpec, case: Case, tensors: Tensors, limit: float = 2.0, **ex
     All three runs see the same values and the same gradients of the outputs.  ``extra`` goes to the
     function alone (``impl=...``).  Returns the function's result.
     """
-    generator = torch.Generator().manual_seed(1)
     with torch.no_grad():
-        outputs = as_tuple(spec.eager(**tensors, **case.options))
-        kinds = [o.dtype for o in as_tuple(spec.function(**tensors, **case.options, **extra))]
-    grad_outputs = [
-        torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs
-    ]
-    eager = run(spec.eager, tensors, case.options, grad_outputs)
-    oracle = run(spec.eager, double(tensors), case.options, [g.double().cpu() for g in grad_outputs])
-    matched = [g.to(kind) for g, kind in zip(grad_outputs, kinds, strict=True)]
-    got = run(spec.function, tensors, case.options, matched, **extra)
-    check(got, eager, oracle, limit)
+        grad_outputs = noise_like(as_tuple(spec.eager(**tensors, **case.options)))
+    want = expected(spec, case, tensors, grad_outputs)
+    got = run(spec.function, tensors, case.options, grad_outputs, **extra)
+    check(got, want.eager, want.oracle, limit, want.errors)
     return got

@@ -67,7 +67,8 @@ def activation(h: Tensor, act: str, slope: float = 0.01, weight: Tensor | None =
         return torch.where(h > 0, h, weight.to(h.dtype) * h)
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "identity": lambda h: h,
-        "relu": F.relu,
+        # not F.relu: it keeps its output for backward, and blocks change y in place
+        "relu": lambda h: torch.where(h <= 0, 0.0, h),
         "relu6": F.relu6,
         "silu": F.silu,
         "hardswish": F.hardswish,

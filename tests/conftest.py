@@ -1,0 +1,103 @@
+"""What every property test shares: the targets (implementation x device) this process can run, and poison.
+
+A test that takes ``target`` runs once per target, one that takes ``case`` once per case of every
+operator, one that takes ``dtype`` once per dtype the target serves.  ``--impl triton`` narrows the
+targets, as does a process of its own with ``TRITON_INTERPRET=1`` (Triton on the CPU).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import pytest
+import torch
+
+from attnkern import _native, _select, testing
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+
+
+@dataclass(frozen=True)
+class Target:
+    impl: str
+    device: str
+
+    def serves(self, dtype: torch.dtype) -> bool:
+        return _select.refuse(self.impl, torch.device(self.device), dtype) is None
+
+    def __str__(self) -> str:
+        return f"{self.impl}-{self.device}"
+
+
+@dataclass(frozen=True)
+class Call:
+    """One case of one operator."""
+
+    spec: testing.OpSpec
+    case: testing.Case
+
+    def __str__(self) -> str:
+        return f"{self.spec.name}-{self.case.name}"
+
+    def inputs(self, target: Target, dtype: torch.dtype = torch.float32, **options: Any) -> testing.Tensors:
+        return self.case.inputs(dtype, target.device, **options)
+
+    def run(self, target: Target, tensors: testing.Tensors, **options: Any) -> Any:
+        return self.spec.function(**tensors, **{**self.case.options, **options}, impl=target.impl)
+
+
+DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)
+TARGETS = [
+    target
+    for device in DEVICES
+    for impl in ("reference", "native", "triton")
+    if (target := Target(impl, device)).serves(torch.float32)
+]
+CALLS = [Call(spec, case) for spec in testing.specs() for case in spec.cases]
+
+
+def calls(*names: str) -> list[Call]:
+    """The cases of these names, for tests that need a kind of case rather than all of them."""
+    chosen = [call for call in CALLS if call.case.name in names]
+    assert {call.case.name for call in chosen} == set(names)
+    return chosen
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption("--impl", default="", help="only these implementations, comma-separated")
+
+
+def pytest_report_header(config: pytest.Config) -> str:
+    built = _native._C.build_info() if _native.available else _native.reason
+    return f"attnkern: {', '.join(map(str, TARGETS))}; compiled part: {built}"
+
+
+def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
+    names = metafunc.fixturenames
+    wanted = [name for name in metafunc.config.getoption("--impl").split(",") if name]
+    targets = [t for t in TARGETS if not wanted or t.impl in wanted]
+    if "target" in names and "dtype" in names:
+        pairs = [(t, d) for t in targets for d in DTYPES if t.serves(d)]
+        metafunc.parametrize(
+            ("target", "dtype"), pairs, ids=[f"{t}-{str(d).removeprefix('torch.')}" for t, d in pairs]
+        )
+    elif "target" in names:
+        metafunc.parametrize("target", targets, ids=str)
+    if "call" in names and not any(m.args[0] == "call" for m in metafunc.definition.iter_markers("parametrize")):
+        metafunc.parametrize("call", CALLS, ids=str)
+
+
+@pytest.fixture(autouse=True)
+def poison() -> Any:
+    """Every fresh allocation, from Python or C++, holds NaN (or the largest integer) until written.
+
+    ``warn_only``: some of torch's own backward passes have no deterministic form on CUDA, and what
+    is wanted here is the filling alone.
+    """
+    filled = torch.utils.deterministic.fill_uninitialized_memory
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+    yield
+    torch.use_deterministic_algorithms(False)
+    torch.utils.deterministic.fill_uninitialized_memory = filled
