@@ -213,14 +213,22 @@ def noise_like(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:
     return [torch.randn(o.shape, generator=generator, dtype=torch.float64).to(o) for o in outputs]
 
 
-def compare(spec: OpSpec, case: Case, tensors: Tensors, limit: float = 2.0, **extra: Any) -> Result:
+def compare(
+    spec: OpSpec,
+    case: Case,
+    tensors: Tensors,
+    limit: float = 2.0,
+    grad_outputs: Sequence[Tensor] | None = None,
+    **extra: Any,
+) -> Result:
     """Run ``spec.function`` on ``tensors`` and hold it, outputs and gradients, to the error budget.
 
     All three runs see the same values and the same gradients of the outputs.  ``extra`` goes to the
     function alone (``impl=...``).  Returns the function's result.
     """
-    with torch.no_grad():
-        grad_outputs = noise_like(as_tuple(spec.eager(**tensors, **case.options)))
+    if grad_outputs is None:
+        with torch.no_grad():
+            grad_outputs = noise_like(as_tuple(spec.eager(**tensors, **case.options)))
     want = expected(spec, case, tensors, grad_outputs)
     got = run(spec.function, tensors, case.options, grad_outputs, **extra)
     check(got, want.eager, want.oracle, limit, want.errors)

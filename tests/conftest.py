@@ -40,7 +40,9 @@ class Call:
     def __str__(self) -> str:
         return f"{self.spec.name}-{self.case.name}"
 
-    def inputs(self, target: Target, dtype: torch.dtype = torch.float32, **options: Any) -> testing.Tensors:
+    def inputs(
+        self, target: Target, dtype: torch.dtype = torch.float32, **options: Any
+    ) -> testing.Tensors:
         return self.case.inputs(dtype, target.device, **options)
 
     def run(self, target: Target, tensors: testing.Tensors, **options: Any) -> Any:
@@ -80,11 +82,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     if "target" in names and "dtype" in names:
         pairs = [(t, d) for t in targets for d in DTYPES if t.serves(d)]
         metafunc.parametrize(
-            ("target", "dtype"), pairs, ids=[f"{t}-{str(d).removeprefix('torch.')}" for t, d in pairs]
+            ("target", "dtype"),
+            pairs,
+            ids=[f"{t}-{str(d).removeprefix('torch.')}" for t, d in pairs],
         )
     elif "target" in names:
         metafunc.parametrize("target", targets, ids=str)
-    if "call" in names and not any(m.args[0] == "call" for m in metafunc.definition.iter_markers("parametrize")):
+    if "call" in names and not any(
+        m.args[0] == "call" for m in metafunc.definition.iter_markers("parametrize")
+    ):
         metafunc.parametrize("call", CALLS, ids=str)
 
 

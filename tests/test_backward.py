@@ -44,7 +44,9 @@ def test_numeric_gradients_first_and_second(call, target):
     assert torch.autograd.gradgradcheck(function, tuple(tensors.values()), fast_mode=True)
 
 
-@pytest.mark.parametrize("call", calls("residual_relu_drop_path", "residual_silu", "prelu", "src"), ids=str)
+@pytest.mark.parametrize(
+    "call", calls("residual_relu_drop_path", "residual_silu", "prelu", "src"), ids=str
+)
 def test_a_subset_of_the_gradients_equals_those_of_all(call, target):
     tensors = call.inputs(target)
     full = testing.run(call.spec.function, tensors, call.case.options, impl=target.impl)
@@ -65,7 +67,11 @@ def test_the_gradient_of_one_output_alone(call, target, output):
         (call.spec.function, got, {"impl": target.impl}),
         (call.spec.eager, want, {}),
     ):
-        leaves = call.inputs(target, torch.float64 if target.serves(torch.float64) else torch.float32, requires_grad=True)
+        leaves = call.inputs(
+            target,
+            torch.float64 if target.serves(torch.float64) else torch.float32,
+            requires_grad=True,
+        )
         function(**leaves, **call.case.options, **extra)[output].square().sum().backward()
         grads.update({name: t.grad for name, t in leaves.items()})
     for name, grad in want.items():
@@ -144,17 +150,23 @@ def _last_sample_without_weight_gradients(x, **w):
 
 FAULTS = {
     "one element of y not written": _tail_not_written,
-    "a gate from the neighbouring sample": lambda x, **w: squeeze_excite(x, src=squeeze(x).roll(1, 0).to(x.dtype), **w),
+    "a gate from the neighbouring sample": lambda x, **w: squeeze_excite(
+        x, src=squeeze(x).roll(1, 0).to(x.dtype), **w
+    ),
     "one position too many in the mean": lambda x, **w: squeeze_excite(
         x, src=squeeze(x) * (x[0, 0].numel() / (x[0, 0].numel() + 1)), **w
     ),
-    "one position missing from the mean": lambda x, **w: squeeze_excite(x, src=squeeze(x.flatten(2)[:, :, :-1]), **w),
+    "one position missing from the mean": lambda x, **w: squeeze_excite(
+        x, src=squeeze(x.flatten(2)[:, :, :-1]), **w
+    ),
     "a bias forgotten": lambda x, w1, b1, w2, b2: squeeze_excite(x, w1, b1 * 0, w2, b2),
     "a hard gate for a smooth one": lambda x, **w: squeeze_excite(x, **w, gate="hard_sigmoid"),
     "no gradient through the mean": lambda x, **w: squeeze_excite(x, src=squeeze(x).detach(), **w),
     "weight gradients miss a sample": _last_sample_without_weight_gradients,
     "one element of dx not written": lambda x, **w: squeeze_excite(_LastElementZero.apply(x), **w),
-    "one element of db2 not written": lambda x, b2, **w: squeeze_excite(x, b2=_LastElementZero.apply(b2), **w),
+    "one element of db2 not written": lambda x, b2, **w: squeeze_excite(
+        x, b2=_LastElementZero.apply(b2), **w
+    ),
 }
 
 

@@ -16,7 +16,9 @@ def test_outputs_are_within_the_budget(call, target, dtype, channels_last):
         ratio = testing.error_ratio(output, eager, oracle, want.errors[f"output {index}"])
         assert ratio <= 2, f"output {index}: {ratio}"
     with torch.no_grad():  # another path: no autograd node, no bit mask
-        for inference, training in zip(testing.as_tuple(call.run(target, tensors)), got, strict=True):
+        for inference, training in zip(
+            testing.as_tuple(call.run(target, tensors)), got, strict=True
+        ):
             assert torch.equal(inference, training)
 
 

@@ -45,14 +45,20 @@ def test_backward_equals_autograd_of_forward(gate, apply, out_act):
         dy, dlogits = torch.randn_like(y), torch.randn_like(logits)
         given = [t for t in tensors if t is not None]
         want = torch.autograd.grad((y, logits), given, (dy, dlogits))
-        got = [g for g, t in zip(R.backward(dy, dlogits, *tensors, options), tensors, strict=True) if t is not None]
+        got = [
+            g
+            for g, t in zip(R.backward(dy, dlogits, *tensors, options), tensors, strict=True)
+            if t is not None
+        ]
         for g, w in zip(got, want, strict=True):
             torch.testing.assert_close(g, w, rtol=1e-10, atol=1e-11, msg=f"{options} {layers}")
 
 
 @pytest.mark.parametrize("act", R.ACTS)
 def test_activation_gradients_match_torch_at_the_kinks(act):
-    h = torch.tensor([-6.0, -3.0, -1.0, -0.0, 0.0, 1.0, 3.0, 6.0, 7.0], dtype=torch.float64, requires_grad=True)
+    h = torch.tensor(
+        [-6.0, -3.0, -1.0, -0.0, 0.0, 1.0, 3.0, 6.0, 7.0], dtype=torch.float64, requires_grad=True
+    )
     weight = torch.tensor([0.25], dtype=torch.float64)
     torch_act = {
         "identity": lambda h: h,
@@ -61,13 +67,19 @@ def test_activation_gradients_match_torch_at_the_kinks(act):
     }.get(act) or getattr(torch.nn.functional, act)
     (want,) = torch.autograd.grad(torch_act(h).sum(), h)
     torch.testing.assert_close(R.activation(h, act, 0.1, weight), torch_act(h), rtol=0, atol=0)
-    torch.testing.assert_close(R.activation_grad(h.detach(), act, 0.1, weight), want, rtol=1e-15, atol=1e-15)
+    torch.testing.assert_close(
+        R.activation_grad(h.detach(), act, 0.1, weight), want, rtol=1e-15, atol=1e-15
+    )
 
 
 @pytest.mark.parametrize("gate", R.GATES)
 def test_gate_gradients_match_torch_at_the_kinks(gate):
-    z = torch.tensor([-4.0, -3.0, -1.0, -0.0, 0.0, 1.0, 3.0, 4.0], dtype=torch.float64, requires_grad=True)
-    torch_gate = {"identity": lambda z: z, "hard_sigmoid": torch.nn.functional.hardsigmoid}.get(gate)
+    z = torch.tensor(
+        [-4.0, -3.0, -1.0, -0.0, 0.0, 1.0, 3.0, 4.0], dtype=torch.float64, requires_grad=True
+    )
+    torch_gate = {"identity": lambda z: z, "hard_sigmoid": torch.nn.functional.hardsigmoid}.get(
+        gate
+    )
     torch_gate = torch_gate or getattr(torch, gate)
     (want,) = torch.autograd.grad(torch_gate(z).sum(), z)
     torch.testing.assert_close(R.gate_value(z, gate), torch_gate(z), rtol=1e-15, atol=1e-15)
@@ -76,13 +88,19 @@ def test_gate_gradients_match_torch_at_the_kinks(gate):
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
-@pytest.mark.parametrize("shape", [(2, 3, 5), (1, 8, 3, 3), (2, 9, 2, 2, 4), (3, 1, 17), (2, 17, 1, 1)])
+@pytest.mark.parametrize(
+    "shape", [(2, 3, 5), (1, 8, 3, 3), (2, 9, 2, 2, 4), (3, 1, 17), (2, 17, 1, 1)]
+)
 def test_unpack_mask_inverts_packing(shape, channels_last):
     """Rows of bits, least significant first, padded to whole bytes."""
     batch, channels, *_ = shape
     bits = torch.randint(0, 2, shape, dtype=torch.uint8)
     rows = bits.flatten(2)
-    rows = rows.transpose(1, 2).reshape(-1, channels) if channels_last else rows.reshape(batch * channels, -1)
+    rows = (
+        rows.transpose(1, 2).reshape(-1, channels)
+        if channels_last
+        else rows.reshape(batch * channels, -1)
+    )
     mask = torch.zeros(rows.shape[0], -(-rows.shape[1] // 8), dtype=torch.uint8)
     for column in range(rows.shape[1]):
         mask[:, column // 8] |= rows[:, column] << (column % 8)
