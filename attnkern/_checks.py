@@ -27,7 +27,7 @@ def choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> None:
 def number(op: str, argument: str, value: Any, *, minimum: float | None = None) -> None:
     if not isinstance(value, (int, float)) or isinstance(value, bool):
         raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__}")
-    if not math.isfinite(value):
+    if not -math.inf < value < math.inf:  # not isfinite: value may be symbolic under torch.compile
         fail(op, argument, "be finite", value)
     if minimum is not None and value < minimum:
         fail(op, argument, f"be at least {minimum:g}", value)

@@ -7,29 +7,40 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from attnkern import _activations, _checks
 from attnkern.ops.squeeze_excite.op import squeeze_excite
+from attnkern.ops.squeeze_excite.reference import ACTS, APPLIES, GATES, OUT_ACTS
 
 
 def make_divisible(value: float, divisor: int) -> int:
-    """value rounded to the nearest multiple of ``divisor``, at least ``divisor`` (timm's rule for SE)."""
+    """value rounded to the nearest multiple of ``divisor``, at least ``divisor``: timm's for SE."""
     return max(divisor, int(value + divisor / 2) // divisor * divisor)
 
 
-class SqueezeExcite(nn.Module):
-    r"""Squeeze-and-excitation block: ``squeeze_excite`` with a two-layer 1x1-convolution MLP.
+_ALIASES = {"swish": "silu", "hard_swish": "hardswish", "hardsigmoid": "hard_sigmoid"}
+"""timm's names of activations that have another one here."""
 
-    Parameters ``fc1.weight`` [R, C, 1, 1], ``fc1.bias``, ``fc2.weight`` [C, R, 1, 1], ``fc2.bias``
-    are those of ``timm.layers.SqueezeExcite``: state dicts load both ways.
+
+class SqueezeExcite(nn.Module):
+    r"""Squeeze-and-excitation block: `squeeze_excite` with a two-layer 1x1-convolution MLP.
+
+    Takes the arguments of ``timm.layers.SqueezeExcite`` and has its parameters: ``fc1.weight``
+    [R, C, 1, 1], ``fc1.bias``, ``fc2.weight`` [C, R, 1, 1], ``fc2.bias``, and ``act.weight`` for
+    PReLU.  State dicts load both ways.
 
     Args:
         channels: C.
         rd_ratio: R / C when ``rd_channels`` is not given.
         rd_channels: R.
         rd_divisor: R is rounded to a multiple of this.
+        add_maxpool, norm_layer: accepted for timm's sake; only False and None are served.
         bias: whether both layers have one.
-        act, act_slope, gate, gate_slope, gate_offset, apply, gain, out_act, impl: as in
-            `attnkern.functional.squeeze_excite`; ``act="prelu"`` adds ``act_weight`` [R].
+        act, act_slope, gate, gate_slope, gate_offset, apply, gain, out_act, impl: as for
+            `squeeze_excite`; ``act="prelu"`` has one slope.
+        act_layer, gate_layer: timm's way to give act and gate: a name or a module class.
         spatial_dims: trailing ones of the weights' shape, 1 to 3 (the input may have any).
+
+    Source: Hu et al., Squeeze-and-Excitation Networks, arXiv:1709.01507.
 
     >>> SqueezeExcite(64)(torch.randn(2, 64, 7, 7)).shape
     torch.Size([2, 64, 7, 7])
@@ -41,8 +52,14 @@ class SqueezeExcite(nn.Module):
         rd_ratio: float = 1 / 16,
         rd_channels: int | None = None,
         rd_divisor: int = 8,
-        *,
+        add_maxpool: bool = False,
         bias: bool = True,
+        act_layer: Any = None,
+        norm_layer: Any = None,
+        gate_layer: Any = None,
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+        *,
         act: str = "relu",
         act_slope: float = 0.01,
         gate: str = "sigmoid",
@@ -53,20 +70,30 @@ class SqueezeExcite(nn.Module):
         out_act: str = "identity",
         spatial_dims: int = 2,
         impl: str = "auto",
-        device: Any = None,
-        dtype: torch.dtype | None = None,
     ):
         super().__init__()
+        name = type(self).__name__
+        if add_maxpool:
+            _checks.fail(name, "add_maxpool", "be False (the squeeze is the mean)", add_maxpool)
+        if norm_layer is not None:
+            _checks.fail(name, "norm_layer", "be None (no norm between the layers)", norm_layer)
+        _checks.choice(name, "apply", apply, APPLIES)
+        _checks.choice(name, "out_act", out_act, OUT_ACTS)
+        if spatial_dims not in (1, 2, 3):
+            _checks.fail(name, "spatial_dims", "be 1, 2 or 3", spatial_dims)
         hidden = rd_channels or make_divisible(channels * rd_ratio, rd_divisor)
-        conv = {1: nn.Conv1d, 2: nn.Conv2d, 3: nn.Conv3d}[spatial_dims]
-        factory = {"device": device, "dtype": dtype}
-        width = 2 * channels if apply == "scale_shift" else channels
+        conv = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[spatial_dims - 1]
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
         self.fc1 = conv(channels, hidden, 1, bias=bias, **factory)
+        act, layer = _resolve(name, "act", act, act_layer, ACTS)
+        act_slope = getattr(layer, "negative_slope", act_slope)
+        self.act: Any = None
+        if act == "prelu":
+            self.act = (nn.PReLU() if layer is None else layer).to(device, dtype)
+        gate, _ = _resolve(name, "gate", gate, gate_layer, GATES)
+        width = 2 * channels if apply == "scale_shift" else channels
         self.fc2 = conv(hidden, width, 1, bias=bias, **factory)
-        self.act_weight = (
-            nn.Parameter(torch.full((hidden,), 0.25, **factory)) if act == "prelu" else None
-        )
-        self.options = {
+        self.options: dict[str, Any] = {
             "act": act,
             "act_slope": act_slope,
             "gate": gate,
@@ -87,7 +114,7 @@ class SqueezeExcite(nn.Module):
             self.fc1.bias,
             self.fc2.weight,
             self.fc2.bias,
-            act_weight=self.act_weight,
+            act_weight=None if self.act is None else self.act.weight,
             residual=residual,
             drop_path=drop_path,
             **self.options,
@@ -95,3 +122,18 @@ class SqueezeExcite(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _resolve(
+    op: str, argument: str, name: str, layer: Any, names: tuple[str, ...]
+) -> tuple[str, nn.Module | None]:
+    """The activation's name, and the module where timm's ``layer`` argument is a class."""
+    module = None
+    if isinstance(layer, str):
+        argument, name = f"{argument}_layer", _ALIASES.get(layer, layer)
+    elif layer is not None:
+        argument, module = f"{argument}_layer", layer()
+        found = _activations.read(module)
+        name = type(module).__name__ if found is None else found.name
+    _checks.choice(op, argument, name, names)
+    return name, module

@@ -1,0 +1,156 @@
+"""Reads the arguments of ``squeeze_excite`` off the children of another library's module.
+
+Everything is read at the time of the call, so that a module always computes what its children say
+now: an activation swapped, a hook registered or a convolution wrapped after ``optimize`` is
+honoured, by running the module's own forward where the children's computation cannot be inlined.
+"""
+
+from __future__ import annotations
+
+import functools
+import warnings
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.modules.module as _module
+from torch import Tensor, nn
+
+from attnkern import _activations
+from attnkern.ops.squeeze_excite.op import squeeze_excite
+from attnkern.ops.squeeze_excite.reference import ACTS, GATES
+
+
+class Arguments(NamedTuple):
+    """What `squeeze_excite` takes besides x."""
+
+    w1: Tensor
+    b1: Tensor | None
+    w2: Tensor | None
+    b2: Tensor | None
+    act: str
+    act_slope: float
+    act_weight: Tensor | None
+    gate: str
+
+
+def altered(module: nn.Module) -> str | None:
+    """What of ``module`` would not run if its computation were inlined; None when nothing."""
+    if (
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+    ):
+        return "has hooks"
+    if "forward" in module.__dict__ and not is_rerouted(module):
+        return "has a replaced forward"
+    return None
+
+
+def is_rerouted(module: nn.Module) -> bool:
+    """Whether ``forward`` of this instance is one of ours (by `attnkern.optimize`)."""
+    forward = module.__dict__.get("forward")
+    function = forward.func if isinstance(forward, functools.partial) else None
+    return function is not None and function.__module__.startswith("attnkern.integrations.")
+
+
+def read(fc1: Any, act: Any, fc2: Any, gate: Any) -> Arguments | str:
+    """The arguments, or why the children cannot be inlined; one layer when act and fc2 are None."""
+    for conv in (fc1,) if fc2 is None else (fc1, fc2):
+        if type(conv) is not nn.Conv2d:
+            return f"its 1x1 convolution is a {_activations.qualified_name(type(conv))}"
+        if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):
+            return f"its convolution is not a plain 1x1 one: {conv}"
+        if conv.groups != 1:
+            return f"its 1x1 convolution has {conv.groups} groups"
+        if reason := altered(conv):
+            return f"its 1x1 convolution {reason}"
+    hidden = _activations.Activation("identity")
+    if act is not None:
+        if (found := _activations.read(act)) is None or found.name not in ACTS:
+            return f"its activation {_describe(act)} is not supported"
+        if reason := altered(act):
+            return f"its activation {type(act).__name__} {reason}"
+        hidden = found
+    if (found := _activations.read(gate)) is None or found.name not in GATES:
+        return f"its gate {_describe(gate)} is not supported"
+    if reason := altered(gate):
+        return f"its gate {type(gate).__name__} {reason}"
+    return Arguments(
+        fc1.weight,
+        fc1.bias,
+        None if fc2 is None else fc2.weight,
+        None if fc2 is None else fc2.bias,
+        *hidden,
+        found.name,
+    )
+
+
+def accepts(x: Any, arguments: Arguments) -> bool:
+    """Whether the stock module would take x and return x's dtype: else its own forward decides."""
+    if not isinstance(x, Tensor) or x.dim() != 4 or 0 in x.shape[2:]:
+        return False
+    weight = arguments.w1
+    if x.device != weight.device or x.shape[1] != weight.shape[1]:
+        return False
+    for t in (weight, arguments.b1, arguments.w2, arguments.b2, arguments.act_weight):
+        # sharded and quantised parameters are wrapper subclasses; their convolutions know them
+        if t is not None and (t.dtype != weight.dtype or hasattr(type(t), "__tensor_flatten__")):
+            return False
+    if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
+        return True
+    device = x.device.type
+    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
+        low = torch.get_autocast_dtype(device)
+        return x.dtype in (torch.float32, low) and weight.dtype in (torch.float32, x.dtype)
+    return x.dtype == weight.dtype
+
+
+def inlinable() -> bool:
+    """Whether no hook watches every module of the process, children included."""
+    return not (
+        _module._global_forward_hooks
+        or _module._global_forward_pre_hooks
+        or _module._global_backward_hooks
+        or _module._global_backward_pre_hooks
+    )
+
+
+def forward(module: nn.Module, arguments: Arguments | str, x: Any, impl: str) -> Any:
+    """The rerouted forward of a module that is squeeze-and-excitation and nothing else."""
+    if isinstance(arguments, str):
+        say_once(module, arguments)
+    elif inlinable() and accepts(x, arguments):
+        return call(x, arguments, impl)
+    return type(module).forward(module, x)
+
+
+def call(x: Tensor, arguments: Arguments, impl: str, **epilogue: Any) -> Tensor:
+    w1, b1, w2, b2, act, act_slope, act_weight, gate = arguments
+    return squeeze_excite(
+        *(x, w1, b1, w2, b2),
+        act=act,
+        act_slope=act_slope,
+        act_weight=act_weight,
+        gate=gate,
+        impl=impl,
+        **epilogue,
+    )
+
+
+_said: set[tuple[type, str]] = set()
+
+
+def say_once(module: nn.Module, reason: str) -> None:
+    if torch.compiler.is_compiling() or (type(module), reason) in _said:
+        return
+    _said.add((type(module), reason))
+    warnings.warn(
+        f"attnkern: {type(module).__name__} was optimized but runs its own forward: {reason}",
+        stacklevel=4,
+    )
+
+
+def _describe(module: Any) -> str:
+    extra = f"({module.extra_repr()})" if isinstance(module, nn.Module) else ""
+    return f"{type(module).__name__}{extra}"
