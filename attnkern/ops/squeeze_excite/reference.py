@@ -138,6 +138,16 @@ def gate_grad(z: Tensor, gate: str, slope: float = 1 / 6, offset: float = 0.5) -
     return g * (1 - g)
 
 
+SELECTING = ("relu", "relu6", "hardswish", "hard_sigmoid")
+"""Activations and gates whose derivative selects where it is 0: 0 * NaN is 0 there, as in torch."""
+
+
+def chain(grad: Tensor, derivative: Tensor, name: str) -> Tensor:
+    """grad * derivative, for the derivative of activation or gate ``name``."""
+    product = grad * derivative
+    return torch.where(derivative == 0, 0.0, product) if name in SELECTING else product
+
+
 # ------------------------------------------------------------------ forward
 
 
@@ -277,7 +287,8 @@ def backward(
 ) -> Gradients:
     """The derived gradients that the kernels compute, themselves differentiable.
 
-    With v the gradient at u, all sums over the L positions of a channel:
+    With v the gradient at u, all sums over the L positions of a channel, and products with a
+    derivative as in `chain`:
 
         v  = dy * out_act'(u)                      residual's gradient
         ds = d gain sum_l v x,   dt = d gain sum_l v
@@ -298,9 +309,10 @@ def backward(
     if o.out_act == "identity":
         v = dy.to(acc)
     elif bits is not None:
-        v = dy * bits.to(acc)
+        v = chain(dy, bits.to(acc), o.out_act)
     else:
-        v = dy * activation_grad(_pre_activation(x, z, residual, drop_path, o), o.out_act)
+        u = _pre_activation(x, z, residual, drop_path, o)
+        v = chain(dy, activation_grad(u, o.out_act), o.out_act)
     v_sum = v.flatten(2).sum(2)  # [B, C]
     vx_sum = (v * x).flatten(2).sum(2)  # [B, C]
 
@@ -310,7 +322,7 @@ def backward(
     ds, dt = scale * vx_sum, scale * v_sum
 
     slope = gate_grad(z[:, :channels], o.gate, o.gate_slope, o.gate_offset)
-    dz = slope * (dt if o.apply == "shift" else ds)
+    dz = chain(dt if o.apply == "shift" else ds, slope, o.gate)
     if o.apply == "scale_shift":
         dz = torch.cat([dz, dt], 1)
     if dlogits is not None:
@@ -327,12 +339,12 @@ def backward(
         db2 = parameter_grad(b2, lambda: dz.sum(0))
         da = dz @ w2.flatten(1).to(acc)
         if act_weight is not None:
-            negative = torch.where(h > 0, torch.zeros_like(h), h) * da
+            negative = torch.where(h > 0, 0.0, h * da)
             dact_weight = (negative.sum() if act_weight.numel() == 1 else negative.sum(0)).to(
                 act_weight.dtype
             )
             dact_weight = dact_weight.reshape(act_weight.shape)
-        dfirst = da * activation_grad(h, o.act, o.act_slope, act_weight)
+        dfirst = chain(da, activation_grad(h, o.act, o.act_slope, act_weight), o.act)
     dw1 = parameter_grad(w1, lambda: dfirst.t() @ m)
     db1 = parameter_grad(b1, lambda: dfirst.sum(0))
     if w1 is not None:
