@@ -1,0 +1,1 @@
+"""``python -m bench``: is attnkern right here, how fast is it, and against what."""

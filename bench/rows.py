@@ -1,0 +1,111 @@
+"""What is measured: subjects (an op, its sizes, dtype and layout) in passes, and the targets."""
+
+from __future__ import annotations
+
+import functools
+import importlib
+import math
+import pkgutil
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+
+import bench.ops
+from attnkern.testing import Case, OpSpec, specs
+
+DTYPES = {
+    "fp32": torch.float32,
+    "bf16": torch.bfloat16,
+    "fp16": torch.float16,
+    "fp64": torch.float64,
+}
+FORWARD, TRAINING = "forward", "forward+backward"
+PASSES = (FORWARD, TRAINING)
+
+
+@dataclass(frozen=True)
+class Subject:
+    """One op at one size, dtype and layout; its passes share tensors and the gate.
+
+    ``trips``: the fewest x-sized reads and writes each pass needs, on-chip minimum.
+    ``group``: which targets it counts towards; empty for a row that is shown beside them.
+    ``quick``: part of the default run.  ``compile``: the default run pays for its torch.compile.
+    """
+
+    op: str
+    case: Case
+    dtype: str
+    trips: Mapping[str, int]
+    channels_last: bool = False
+    group: str = ""
+    quick: bool = True
+    compile: bool = True
+    passes: tuple[str, ...] = PASSES
+
+    @property
+    def layout(self) -> str:
+        return "channels_last" if self.channels_last else "channels_first"
+
+    @property
+    def shape(self) -> tuple[int, ...]:
+        return self.case.shapes["x"]
+
+    @property
+    def map_bytes(self) -> int:
+        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+
+    def minimum_bytes(self, which: str) -> int:
+        """Bytes no implementation can avoid: maps, and weights once (training: twice, plus dw)."""
+        weights = sum(math.prod(s) for n, s in self.case.shapes.items() if n not in self.case.maps)
+        weights *= DTYPES[self.dtype].itemsize * (3 if which == TRAINING else 1)
+        return self.trips[which] * self.map_bytes + weights
+
+    def key(self, which: str) -> str:
+        return f"{self.op}/{self.case.name}/{self.dtype}/{self.layout}/{which}"
+
+    def spec(self) -> OpSpec:
+        return _specs()[self.op]
+
+
+@dataclass(frozen=True)
+class Target:
+    """Least geometric means over the subjects of a group (none under 1), as DESIGN.md sets them."""
+
+    group: str
+    which: str
+    dtypes: tuple[str, ...]
+    eager: float
+    compile: float
+    roof: float | None = None
+
+    @property
+    def label(self) -> str:
+        return f"{self.group}, {self.which}, {' '.join(self.dtypes)}"
+
+
+@dataclass(frozen=True)
+class OpBench:
+    """What ``bench/ops/<op>.py`` exports as ``BENCH``.
+
+    ``formulations``: other ways users write the op in stock torch, beside the spec's ``eager``;
+    the fastest is the baseline.
+    """
+
+    subjects: Mapping[str, list[Subject]]  # by device type
+    targets: Mapping[str, list[Target]]
+    formulations: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
+
+
+@functools.cache
+def _specs() -> dict[str, OpSpec]:
+    return {spec.name: spec for spec in specs()}
+
+
+@functools.cache
+def benches() -> dict[str, OpBench]:
+    return {
+        module.name: importlib.import_module(f"bench.ops.{module.name}").BENCH
+        for module in pkgutil.iter_modules(bench.ops.__path__)
+    }

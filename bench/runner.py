@@ -1,0 +1,256 @@
+"""One subject at a time: gate it, then time it against its competitors."""
+
+from __future__ import annotations
+
+import functools
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from attnkern import testing
+from attnkern.testing import Tensors
+from bench import clock, machine
+from bench.gate import Oracles, Red, check, sentence
+from bench.results import derive
+from bench.rows import FORWARD, PASSES, Subject, benches
+
+Function = Callable[..., Any]
+Sets = list[tuple[Tensors, list[Tensor]]]
+
+
+@dataclass
+class Settings:
+    device: torch.device
+    impls: tuple[str, ...]
+    passes: tuple[str, ...] = PASSES
+    seconds: float = 1.5  # of interleaved timing, per row and mode
+    full: bool = False
+    compile: bool = True
+    copy_GBps: float = 0.0  # the machine's copy from memory
+    say: Callable[[str], None] = lambda message: None
+
+
+def measure(subject: Subject, settings: Settings, oracles: Oracles) -> list[dict[str, Any]]:
+    """The rows of a subject, one per pass: gated, then timed.  A red gate leaves them untimed."""
+    return _Measurement(subject, settings, oracles).rows()
+
+
+class _Measurement:
+    def __init__(self, subject: Subject, settings: Settings, oracles: Oracles):
+        self.subject, self.settings, self.device = subject, settings, settings.device
+        self.name = f"{subject.case.name} {subject.dtype} {subject.layout}"
+        options, op = subject.case.options, subject.spec()
+        settings.say(f"{self.name}: float64 oracle")
+        self.expected = oracles.of(subject)
+        self.eager: dict[str, Function] = {"linear layers": functools.partial(op.eager, **options)}
+        for name, function in benches()[subject.op].formulations.items():
+            self.eager[name] = functools.partial(function, **options)
+        settings.say(f"{self.name}: gate")
+        self.gates: dict[str, dict[str, Any]] = {}
+        self.ours: dict[str, Function] = {}
+        self.passed: dict[str, testing.Result] = {}
+        for impl in settings.impls:
+            self._gate(impl, functools.partial(op.function, **options, impl=impl))
+
+    def _gate(self, name: str, function: Function, like: str | None = None) -> bool:
+        try:
+            ratio, result = check(function, self.expected, self.passed.get(like or ""))
+        except Red as red:
+            self.gates[name] = {"ok": False, "why": str(red)}
+            return False
+        self.gates[name] = {"ok": True, "ratio": ratio}
+        if like is None:
+            self.ours[name], self.passed[name] = function, result
+        return True
+
+    def rows(self) -> list[dict[str, Any]]:
+        s, settings = self.subject, self.settings
+        rows = [self._row(which) for which in s.passes if which in settings.passes]
+        if not self.gates[settings.impls[0]]["ok"]:
+            return rows
+        cache = machine.last_level_cache(self.device)
+        self.sets = self._input_sets(3 * cache)
+        compiled = self._compiled()
+        for row in rows:
+            which = row["pass"]
+            calls = {name: self._bind(f, self.sets, which) for name, f in self.ours.items()}
+            settings.say(f"{self.name}, {which}: choose the eager formulation")
+            calls |= self._eager_calls(row)
+            for name, function in compiled.items():
+                settings.say(f"{self.name}, {which}: compile")
+                if call := self._first_compiled(row, name, function):
+                    calls[name] = call
+            settings.say(f"{self.name}, {which}: time")
+            measured = [n for n in calls if n != "eager, other layout"]
+            row["peak_bytes"] = {n: peak_bytes(calls[n], self.device) for n in measured}
+            self._time(row, calls | self._copies())
+            derive(row, settings.copy_GBps, cache)
+        return rows
+
+    def _row(self, which: str) -> dict[str, Any]:
+        s = self.subject
+        return {
+            "key": s.key(which),
+            "op": s.op,
+            "case": s.case.name,
+            "shape": list(s.shape),
+            "dtype": s.dtype,
+            "layout": s.layout,
+            "pass": which,
+            "group": s.group,
+            "map_bytes": s.map_bytes,
+            "minimum_bytes": s.minimum_bytes(which),
+            "impl": self.settings.impls[0],
+            "gate": self.gates,
+            "formulation": None,
+            "times": {},
+            "peak_bytes": {},
+            "compile_seconds": {},
+            "ratios": {},
+            "roof": None,
+            "refused": None,
+            "notes": [],
+        }
+
+    def _input_sets(self, total: int) -> Sets:
+        """Copies of the inputs and output gradients that together pass ``total`` bytes, to rotate."""
+        e = self.expected
+        size = sum(t.numel() * t.element_size() for t in (*e.tensors.values(), *e.grad_outputs))
+        sets = []
+        for i in range(min(max(2, -(-total // size)), 512)):
+            factor = 1 + i / 1024  # other values in every set, the same distribution
+            tensors = {n: (t.detach() * factor).requires_grad_() for n, t in e.tensors.items()}
+            sets.append((tensors, [g.clone() for g in e.grad_outputs]))
+        return sets
+
+    def _bind(self, function: Function, sets: Sets, which: str) -> clock.Call:
+        def forward(i: int) -> Any:
+            with torch.no_grad():
+                return function(**sets[i][0])
+
+        def training(i: int) -> Any:
+            tensors, grads = sets[i]
+            outputs = testing.as_tuple(function(**tensors))
+            return torch.autograd.grad(outputs, list(tensors.values()), grads)
+
+        return forward if which == FORWARD else training
+
+    def _eager_calls(self, row: dict[str, Any]) -> dict[str, clock.Call]:
+        """The fastest formulation in this layout, and in the other layout where both are measured."""
+        which = row["pass"]
+        calls = {name: self._bind(f, self.sets, which) for name, f in self.eager.items()}
+        best = self._fastest(calls, len(self.sets))
+        row["formulation"] = best
+        found = {"eager": calls[best]}
+        if self.subject.group and self.subject.shape[0] > 1:
+            other = [self._other_layout(tensors, grads) for tensors, grads in self.sets]
+            found["eager, other layout"] = self._bind(self.eager[best], other, which)
+        return found
+
+    def _other_layout(self, tensors: Tensors, grads: list[Tensor]) -> tuple[Tensors, list[Tensor]]:
+        def turn(t: Tensor) -> Tensor:
+            t = t.detach()
+            return t.contiguous() if self.subject.channels_last else testing.to_channels_last(t)
+
+        maps = self.subject.case.maps
+        turned = {n: (turn(t) if n in maps else t.detach()).requires_grad_() for n, t in tensors.items()}
+        return turned, [turn(g) for g in grads]
+
+    def _fastest(self, calls: dict[str, clock.Call], sets: int) -> str:
+        if len(calls) == 1:
+            return next(iter(calls))
+        samplers = {n: clock.sampler(call, sets, self.device) for n, call in calls.items()}
+        times = clock.interleave(samplers, 0.2, least=3)
+        return min(times, key=lambda n: times[n].median)
+
+    def _compiled(self) -> dict[str, Function]:
+        """torch.compile of eager and of ours; nothing is compiled before the first call."""
+        if not (self.settings.compile and (self.settings.full or self.subject.compile)):
+            return {}
+        torch.compiler.reset()
+        build = functools.partial(torch.compile, dynamic=False, fullgraph=True)
+        eager = self.eager["linear layers"]
+        found = {"compile": build(eager)}
+        if self.device.type == "cuda" and self.subject.quick:
+            found["compile, max-autotune"] = build(eager, mode="max-autotune-no-cudagraphs")
+        for name, function in self.ours.items():
+            found[f"{name}, in compile"] = build(function)
+        return found
+
+    def _first_compiled(self, row: dict[str, Any], name: str, function: Function) -> clock.Call | None:
+        """Compiles, counts the seconds, gates ours; a failure leaves the column out and says why."""
+        call = self._bind(function, self.sets, row["pass"])
+        start = time.perf_counter()
+        try:
+            call(0)
+        except Exception as error:
+            row["notes"].append(f"{name} left out: {sentence(error)}")
+            return None
+        row["compile_seconds"][name] = time.perf_counter() - start
+        impl = name.removesuffix(", in compile")
+        if impl != name and name not in self.gates:
+            self._gate(name, function, like=impl)
+        return call if self.gates.get(name, {"ok": True})["ok"] else None
+
+    def _copies(self) -> dict[str, clock.Call]:
+        """One read and one write of x: into a fresh result as the op does, and past the cache."""
+        sets = self.sets
+        calls: dict[str, clock.Call] = {"copy": lambda i: sets[i][0]["x"].detach().clone()}
+        x = self.expected.tensors["x"]
+        if self.device.type == "cpu" and self.subject.map_bytes > 64 << 20:
+            out = torch.empty_like(x)
+            calls["copy, streaming"] = lambda i: machine.streaming_copy(out, sets[i][0]["x"].detach())
+        return calls
+
+    def _time(self, row: dict[str, Any], calls: dict[str, clock.Call]) -> None:
+        """cold: rotating past three times the cache; hot: one set; launched: outside a CUDA graph."""
+        modes = {"cold": list(calls)}
+        if self.subject.map_bytes < machine.last_level_cache(self.device):
+            modes["hot"] = list(calls)
+        if self.device.type == "cuda" and self.subject.shape[0] == 1:
+            modes["launched"] = ["eager", *self.ours]
+        for mode, names in modes.items():
+            sets = len(self.sets) if mode != "hot" else 1
+            samplers = {n: self._sampler(row, n, calls[n], sets, mode) for n in names}
+            share = self.settings.seconds * (1 if mode == "cold" else 0.5)
+            for name, stats in clock.interleave(samplers, share).items():
+                row["times"].setdefault(name, {})[mode] = stats.dict()
+
+    def _sampler(
+        self, row: dict[str, Any], name: str, call: clock.Call, sets: int, mode: str
+    ) -> Callable[[], float]:
+        try:
+            return clock.sampler(call, sets, self.device, mode)
+        except RuntimeError as error:
+            if self.device.type != "cuda":
+                raise
+            row["notes"].append(f"{name} is timed launched, it cannot be captured: {sentence(error)}")
+            return clock.sampler(call, sets, self.device, "launched")
+
+
+def peak_bytes(call: clock.Call, device: torch.device) -> int | None:
+    """The most memory one call holds at once beyond its inputs, its results included."""
+    if device.type == "cuda":
+        torch.cuda.synchronize()
+        torch.cuda.reset_peak_memory_stats()
+        before = torch.cuda.memory_allocated()
+        call(0)
+        torch.cuda.synchronize()
+        return torch.cuda.max_memory_allocated() - before
+    from torch.profiler import ProfilerActivity, profile
+
+    with profile(activities=[ProfilerActivity.CPU], profile_memory=True) as recorded:
+        call(0)
+    kineto = recorded.profiler.kineto_results if recorded.profiler else None
+    if kineto is None:
+        return None
+    held = most = 0
+    events = [e for e in kineto.events() if e.name() == "[memory]"]
+    for event in sorted(events, key=lambda e: e.start_ns()):
+        held += event.nbytes()
+        most = max(most, held)
+    return most
