@@ -3,7 +3,11 @@
 
 #include "cuda/cluster.cuh"
 
-#ifndef ATTNKERN_SIMT
+#ifdef ATTNKERN_SIMT
+
+#include "simt/async.h"
+
+#else
 
 namespace attnkern::cuda {
 

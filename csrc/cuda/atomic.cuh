@@ -3,7 +3,11 @@
 
 #include "cuda/platform.cuh"
 
-#ifndef ATTNKERN_SIMT
+#ifdef ATTNKERN_SIMT
+
+#include "simt/atomic.h"
+
+#else
 
 namespace attnkern::cuda {
 

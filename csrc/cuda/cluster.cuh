@@ -3,7 +3,11 @@
 
 #include "cuda/memory.cuh"
 
-#ifndef ATTNKERN_SIMT
+#ifdef ATTNKERN_SIMT
+
+#include "simt/cluster.h"
+
+#else
 
 #if !defined(__CUDA_ARCH__) || __CUDA_ARCH__ >= 900
 #define ATTNKERN_HAS_CLUSTERS 1

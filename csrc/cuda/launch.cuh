@@ -17,7 +17,11 @@ struct LaunchConfig {
 
 }  // namespace attnkern::cuda
 
-#ifndef ATTNKERN_SIMT
+#ifdef ATTNKERN_SIMT
+
+#include "simt/launch.h"
+
+#else
 
 #include <array>
 #include <mutex>
@@ -85,6 +89,14 @@ inline Status fill_bytes(void* memory, int value, size_t bytes, void* stream) {
   return bytes ? status_of(cudaMemsetAsync(memory, value, bytes, static_cast<cudaStream_t>(stream))) : Status{};
 }
 
+// The same for a copy within device memory.
+inline Status copy_bytes(void* to, const void* from, size_t bytes, void* stream) {
+  return bytes ? status_of(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)))
+               : Status{};
+}
+
+inline Status current_device(int& index) { return status_of(cudaGetDevice(&index)); }
+
 // Of the current device; asked once a device.
 inline Status device_properties(DeviceProperties& properties) {
   static constexpr int kDevices = 64;
@@ -92,7 +104,7 @@ inline Status device_properties(DeviceProperties& properties) {
   static std::array<DeviceProperties, kDevices> known;
   static std::array<Status, kDevices> outcome;
   int device = 0;
-  if (const Status status = status_of(cudaGetDevice(&device)); !status.ok()) return status;
+  if (const Status status = current_device(device); !status.ok()) return status;
   if (device >= kDevices) return {"more than 64 CUDA devices"};
   std::call_once(once[device], [device] {
     cudaError_t error = cudaSuccess;

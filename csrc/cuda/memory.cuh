@@ -16,7 +16,11 @@ ATTNKERN_HOST_DEVICE constexpr int shared_bytes(int count) {
 
 }  // namespace attnkern::cuda
 
-#ifndef ATTNKERN_SIMT
+#ifdef ATTNKERN_SIMT
+
+#include "simt/memory.h"
+
+#else
 
 namespace attnkern::cuda {
 

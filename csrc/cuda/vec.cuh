@@ -1,7 +1,6 @@
-// Packs of elements and conversion to and from the accumulation type.
+// Packs of elements and conversion to and from float.
 #pragma once
 
-#include "core/dtype.h"
 #include "cuda/platform.cuh"
 
 namespace attnkern::cuda {
@@ -21,25 +20,13 @@ ATTNKERN_HOST_DEVICE constexpr int pack_size(int bytes = 16) {
   return bytes / static_cast<int>(sizeof(T));
 }
 
-template <class T>
-struct AccumulationOf {
-  using type = float;
-};
-template <>
-struct AccumulationOf<double> {
-  using type = double;
-};
-template <class T>
-using Accumulation = typename AccumulationOf<T>::type;
-
 ATTNKERN_HOST_DEVICE float widen(float value) { return value; }
-ATTNKERN_HOST_DEVICE double widen(double value) { return value; }
 ATTNKERN_HOST_DEVICE float widen(float16 value) { return __half2float(value); }
 ATTNKERN_HOST_DEVICE float widen(bfloat16 value) { return __bfloat162float(value); }
 
 // To T, rounded to nearest even.
 template <class T>
-ATTNKERN_HOST_DEVICE T narrow(Accumulation<T> value) {
+ATTNKERN_HOST_DEVICE T narrow(float value) {
   return value;
 }
 template <>
@@ -52,30 +39,19 @@ ATTNKERN_HOST_DEVICE bfloat16 narrow<bfloat16>(float value) {
 }
 
 template <class T, int N>
-ATTNKERN_DEVICE Vec<Accumulation<T>, N> widen(const Vec<T, N>& pack) {
-  Vec<Accumulation<T>, N> wide;
+ATTNKERN_DEVICE Vec<float, N> widen(const Vec<T, N>& pack) {
+  Vec<float, N> wide;
 #pragma unroll
   for (int i = 0; i < N; ++i) wide[i] = widen(pack[i]);
   return wide;
 }
 
 template <class T, int N>
-ATTNKERN_DEVICE Vec<T, N> narrow(const Vec<Accumulation<T>, N>& wide) {
+ATTNKERN_DEVICE Vec<T, N> narrow(const Vec<float, N>& wide) {
   Vec<T, N> pack;
 #pragma unroll
   for (int i = 0; i < N; ++i) pack[i] = narrow<T>(wide[i]);
   return pack;
-}
-
-// Calls f(T{}) with the C++ type of `dtype`.
-template <class F>
-decltype(auto) visit_dtype(DType dtype, F&& f) {
-  switch (dtype) {
-    case DType::float64: return f(double{});
-    case DType::bfloat16: return f(bfloat16{});
-    case DType::float16: return f(float16{});
-    default: return f(float{});
-  }
 }
 
 }  // namespace attnkern::cuda
