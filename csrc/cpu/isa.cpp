@@ -26,20 +26,36 @@ std::vector<Isa> supported_isas() {
   return isas;
 }
 
-Isa active_isa() {
-  static const Isa isa = [] {
+namespace {
+
+struct Choice {
+  Isa isa;
+  std::string error;
+};
+
+const Choice& choice() {
+  static const Choice made = []() -> Choice {
     const std::vector<Isa> isas = supported_isas();
     const char* wanted = std::getenv("ATTNKERN_CPU_ISA");
-    if (wanted == nullptr || *wanted == '\0') return isas.front();
-    std::string choices;
-    for (const Isa candidate : isas) {
-      if (std::string(wanted) == name(candidate)) return candidate;
-      choices += std::string(choices.empty() ? "" : ", ") + name(candidate);
+    if (wanted == nullptr || *wanted == '\0') return {isas.front(), ""};
+    std::string names;
+    for (const Isa isa : isas) {
+      if (std::string(wanted) == name(isa)) return {isa, ""};
+      names += std::string(names.empty() ? "" : ", ") + name(isa);
     }
-    throw std::invalid_argument(
-        "attnkern: ATTNKERN_CPU_ISA must be one of " + choices + " on this processor, got '" + wanted + "'");
+    return {
+        Isa::scalar, "ATTNKERN_CPU_ISA must be one of " + names + " on this processor, got '" + wanted + "'"};
   }();
-  return isa;
+  return made;
+}
+
+}  // namespace
+
+const char* isa_error() { return choice().error.empty() ? nullptr : choice().error.c_str(); }
+
+Isa active_isa() {
+  if (const char* error = isa_error()) throw std::invalid_argument(std::string("attnkern: ") + error);
+  return choice().isa;
 }
 
 }  // namespace attnkern::cpu

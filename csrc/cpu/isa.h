@@ -9,6 +9,7 @@ enum class Isa { avx512, avx2, scalar };  // in order of preference
 
 const char* name(Isa isa);
 std::vector<Isa> supported_isas();  // by this processor, best first
-Isa active_isa();
+const char* isa_error();            // why ATTNKERN_CPU_ISA cannot be obeyed, or null
+Isa active_isa();                   // throws std::invalid_argument with isa_error()
 
 }  // namespace attnkern::cpu

@@ -101,8 +101,10 @@ size_t forward_workspace_cpu(const ForwardParams& params, const ThreadPool& pool
 size_t backward_workspace_cpu(const BackwardParams& params, const ThreadPool& pool);
 Status launch_forward_cpu(const ForwardParams& params, const ThreadPool& pool);
 Status launch_backward_cpu(const BackwardParams& params, const ThreadPool& pool);
+size_t squeeze_workspace_cpu(DType dtype, Layout layout, const Sizes& sizes, const ThreadPool& pool);
 Status launch_squeeze_cpu(
-    const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean, const ThreadPool& pool);
+    const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean, void* workspace,
+    const ThreadPool& pool);
 
 // CUDA. `stream` is a cudaStream_t; the workspace is device memory, 256-byte aligned, contents undefined. B may be 0.
 size_t forward_workspace_cuda(const ForwardParams& params);

@@ -219,8 +219,11 @@ Tensor squeeze(const Tensor& x) {
         "squeeze");
 #endif
   } else {
+    const ThreadPool pool = glue::torch_threads();
+    Tensor workspace = glue::bytes(x, squeeze_workspace_cpu(dtype, layout, sizes, pool));
     glue::check(
-        launch_squeeze_cpu(const_map(x, layout), dtype, layout, sizes, out, glue::torch_threads()),
+        launch_squeeze_cpu(
+            const_map(x, layout), dtype, layout, sizes, out, glue::mutable_or_null(workspace), pool),
         "squeeze");
   }
   return mean;

@@ -1,0 +1,326 @@
+// Kernels over the feature maps: sums over positions, and the elementwise passes.
+//
+//   Computes  sum_l x;  sum_l v x, sum_l v;  y = out_act(residual + s x + t);  dx = s v + t,  v = dy out_act'(u)
+//   Layout    a row is contiguous: L positions of a channel, or C channels of a position (params.h)
+//   Mapping   one call a range of rows of one sample on one thread; a vector is adjacent elements of a row
+//   Traffic   each map is read or written once by each call; cpu.cpp keeps a sample in cache between calls
+//   Numerics  rows are summed in blocks of 64 vectors, in double beyond one; positions in trees of 8; the order depends
+//             on the shape alone
+namespace attnkern::squeeze_excite::ATTNKERN_ISA {
+
+template <class T>
+ATTNKERN_INLINE const T* row_of(const ConstMap& map, int64_t b, int64_t row) {
+  return map.data ? static_cast<const T*>(map.data) + b * map.stride_batch + row * map.stride_row : nullptr;
+}
+
+template <class T>
+ATTNKERN_INLINE T* row_of(const Map& map, int64_t b, int64_t row) {
+  return map.data ? static_cast<T*>(map.data) + b * map.stride_batch + row * map.stride_row : nullptr;
+}
+
+// How a vector is read and written: whole, or its first n lanes.
+struct Whole {
+  template <class T>
+  ATTNKERN_INLINE auto read(const T* p) const { return load(p); }
+  template <class T, class V>
+  ATTNKERN_INLINE void write(T* p, V v, bool streaming) const { streaming ? stream(p, v) : store(p, v); }
+};
+struct Part {
+  int64_t n;
+  template <class T>
+  ATTNKERN_INLINE auto read(const T* p) const { return load_n(p, n); }
+  template <class T, class V>
+  ATTNKERN_INLINE void write(T* p, V v, bool) const { store_n(p, v, n); }
+};
+
+// A coefficient of a row's elements: one for all (channels first), or one a column (channels last).
+template <class A, bool last>
+struct Coefficient {
+  const A* p;
+  Vec<A> all{};
+  ATTNKERN_INLINE Coefficient(const void* base, int64_t b, int64_t row, int64_t channels)
+      : p(static_cast<const A*>(base) + b * channels + (last ? 0 : row)) {
+    if constexpr (!last) all = splat(*p);
+  }
+  template <class Access>
+  ATTNKERN_INLINE Vec<A> at(int64_t i, const Access& access) const {
+    if constexpr (last) return access.read(p + i);
+    return all;
+  }
+};
+
+ATTNKERN_INLINE int64_t columns_of(const Inputs& p) {
+  return p.layout == Layout::channels_last ? p.sizes.channels : p.sizes.length;
+}
+
+// ---- the bit mask: element i of a row is bit i % 8 of byte i / 8
+
+template <class A>
+ATTNKERN_INLINE uint32_t read_bits(const uint8_t* bits, int64_t i, int64_t n) {
+  uint32_t value = bits[i / 8] >> (i % 8);
+  if (kLanes<A> > 8 && i + 8 < n) value |= bits[i / 8 + 1] << 8;
+  return value;
+}
+
+template <class A>
+ATTNKERN_INLINE void write_bits(uint8_t* bits, int64_t i, int64_t n, uint32_t value) {
+  if (n - i < kLanes<A>) value &= (1u << (n - i)) - 1;
+  if (kLanes<A> < 8 && i % 8) {
+    bits[i / 8] |= static_cast<uint8_t>(value << (i % 8));
+  } else {
+    bits[i / 8] = static_cast<uint8_t>(value);
+    if (kLanes<A> > 8 && i + 8 < n) bits[i / 8 + 1] = static_cast<uint8_t>(value >> 8);
+  }
+}
+
+// ---- v = dy out_act'(u) of one row
+
+template <class T>
+struct PlainGrad {
+  const T* dy;
+  template <class Access>
+  ATTNKERN_INLINE auto at(int64_t i, const Access& access) const { return access.read(dy + i); }
+};
+
+template <class T>
+struct MaskedGrad {
+  using A = Accumulator<T>;
+  const T* dy;
+  const uint8_t* bits;
+  int64_t n;
+  template <class Access>
+  ATTNKERN_INLINE Vec<A> at(int64_t i, const Access& access) const {
+    return from_bits<A>(read_bits<A>(bits, i, n)) ? access.read(dy + i) : Vec<A>{};
+  }
+};
+
+template <class T, bool last>
+struct SmoothGrad {
+  using A = Accumulator<T>;
+  const T *dy, *x, *residual;
+  Coefficient<A, last> s, t;
+  Act act;
+  template <class Access>
+  ATTNKERN_INLINE Vec<A> at(int64_t i, const Access& access) const {
+    Vec<A> u = access.read(x + i) * s.at(i, access) + t.at(i, access);
+    if (residual) u += access.read(residual + i);
+    return access.read(dy + i) * activation_grad<A>(act, u, Vec<A>{});
+  }
+};
+
+// f(grad) with grad(b, row) making the row's v.
+template <class T, bool last, class F>
+ATTNKERN_INLINE void visit_grad(const BackwardParams& p, const Coefficients& u, const F& f) {
+  const int64_t columns = columns_of(p), rows = last ? p.sizes.length : p.sizes.channels;
+  if (p.options.out_act == Act::identity) {
+    f([&](int64_t b, int64_t row) { return PlainGrad<T>{row_of<T>(p.dy, b, row)}; });
+  } else if (p.mask) {
+    f([&](int64_t b, int64_t row) {
+      return MaskedGrad<T>{row_of<T>(p.dy, b, row), p.mask + (b * rows + row) * ((columns + 7) / 8), columns};
+    });
+  } else {
+    f([&](int64_t b, int64_t row) {
+      return SmoothGrad<T, last>{
+          row_of<T>(p.dy, b, row),
+          row_of<T>(p.x, b, row),
+          row_of<T>(p.residual, b, row),
+          {u.s, b, row, p.sizes.channels},
+          {u.t, b, row, p.sizes.channels},
+          p.options.out_act};
+    });
+  }
+}
+
+// ---- sums
+
+constexpr int64_t kBlock = 64;  // vectors a lane adds before its sum goes to double
+
+// sum_i f(i): f(i, access) is a vector
+template <class A, class F>
+ATTNKERN_INLINE A sum_row(int64_t n, const F& f) {
+  constexpr int64_t lanes = kLanes<A>;
+  double total = 0;
+  for (int64_t begin = 0; begin < n; begin += kBlock * lanes) {
+    const int64_t end = begin + kBlock * lanes < n ? begin + kBlock * lanes : n;
+    Vec<A> a{}, b{}, c{}, d{};
+    int64_t i = begin;
+    for (; i + 4 * lanes <= end; i += 4 * lanes) {
+      a += f(i, Whole{});
+      b += f(i + lanes, Whole{});
+      c += f(i + 2 * lanes, Whole{});
+      d += f(i + 3 * lanes, Whole{});
+    }
+    for (; i + lanes <= end; i += lanes) a += f(i, Whole{});
+    if (i < end) b += f(i, Part{end - i});
+    total += sum<A>((a + b) + (c + d));
+  }
+  return static_cast<A>(total);
+}
+
+template <class T>
+void sum_x_first(const Inputs& p, int64_t b, Range rows, Accumulator<T>* out) {
+  for (int64_t row = rows.begin; row < rows.end; ++row) {
+    const T* x = row_of<T>(p.x, b, row);
+    out[row] = sum_row<Accumulator<T>>(p.sizes.length, [&](int64_t i, auto access) { return access.read(x + i); });
+  }
+}
+
+// f(row, i, access) summed over rows into out[C], 8 rows at a time
+template <class A, class F>
+ATTNKERN_INLINE void sum_columns(Range rows, int64_t columns, A* out, const F& f) {
+  const auto each_vector = [&](const auto& step) {
+    int64_t i = 0;
+    for (; i + kLanes<A> <= columns; i += kLanes<A>) step(i, Whole{});
+    if (i < columns) step(i, Part{columns - i});
+  };
+  each_vector([&](int64_t i, auto access) { access.write(out + i, Vec<A>{}, false); });
+  int64_t row = rows.begin;
+  for (; row + 8 <= rows.end; row += 8)
+    each_vector([&](int64_t i, auto access) {
+      const Vec<A> a = f(row, i, access) + f(row + 1, i, access), b = f(row + 2, i, access) + f(row + 3, i, access);
+      const Vec<A> c = f(row + 4, i, access) + f(row + 5, i, access), d = f(row + 6, i, access) + f(row + 7, i, access);
+      access.write(out + i, access.read(out + i) + ((a + b) + (c + d)), false);
+    });
+  for (; row < rows.end; ++row)
+    each_vector([&](int64_t i, auto access) {
+      access.write(out + i, access.read(out + i) + f(row, i, access), false);
+    });
+}
+
+template <class T>
+void sum_x_last(const Inputs& p, int64_t b, Range rows, Accumulator<T>* out) {
+  sum_columns<Accumulator<T>>(rows, p.sizes.channels, out, [&](int64_t row, int64_t i, auto access) {
+    return access.read(row_of<T>(p.x, b, row) + i);
+  });
+}
+
+void sum_x(const Inputs& p, int64_t b, Range rows, void* sum) {
+  cpu::visit(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    auto* out = static_cast<Accumulator<T>*>(sum);
+    p.layout == Layout::channels_last ? sum_x_last<T>(p, b, rows, out) : sum_x_first<T>(p, b, rows, out);
+  });
+}
+
+template <class T>
+void sum_grads_first(
+    const BackwardParams& p, const Coefficients& u, int64_t b, Range rows, Accumulator<T>* sum_vx,
+    Accumulator<T>* sum_v) {
+  using A = Accumulator<T>;
+  visit_grad<T, false>(p, u, [&](const auto& grad) {
+    for (int64_t row = rows.begin; row < rows.end; ++row) {
+      const T* x = row_of<T>(p.x, b, row);
+      const auto v = grad(b, row);
+      sum_vx[row] = sum_row<A>(p.sizes.length, [&](int64_t i, auto access) { return v.at(i, access) * access.read(x + i); });
+      sum_v[row] = sum_row<A>(p.sizes.length, [&](int64_t i, auto access) { return v.at(i, access); });
+    }
+  });
+}
+
+template <class T>
+void sum_grads_last(
+    const BackwardParams& p, const Coefficients& u, int64_t b, Range rows, Accumulator<T>* sum_vx,
+    Accumulator<T>* sum_v) {
+  using A = Accumulator<T>;
+  visit_grad<T, true>(p, u, [&](const auto& grad) {
+    sum_columns<A>(rows, p.sizes.channels, sum_vx, [&](int64_t row, int64_t i, auto access) {
+      return grad(b, row).at(i, access) * access.read(row_of<T>(p.x, b, row) + i);
+    });
+    sum_columns<A>(rows, p.sizes.channels, sum_v, [&](int64_t row, int64_t i, auto access) {
+      return grad(b, row).at(i, access);
+    });
+  });
+}
+
+void sum_grads(const BackwardParams& p, const Coefficients& u, int64_t b, Range rows, void* sum_vx, void* sum_v) {
+  cpu::visit(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    using A = Accumulator<T>;
+    p.layout == Layout::channels_last
+        ? sum_grads_last<T>(p, u, b, rows, static_cast<A*>(sum_vx), static_cast<A*>(sum_v))
+        : sum_grads_first<T>(p, u, b, rows, static_cast<A*>(sum_vx), static_cast<A*>(sum_v));
+  });
+}
+
+// ---- elementwise passes
+
+// step(i, access, streaming) over a row of n elements whose output begins at `out`
+template <class T, class F>
+ATTNKERN_INLINE void each_vector(const T* out, int64_t n, bool streaming, bool bitwise, const F& step) {
+  constexpr int64_t lanes = kLanes<Accumulator<T>>, bytes = lanes * sizeof(T);
+  int64_t i = 0;
+  if (streaming) {
+    const int64_t ahead = reinterpret_cast<uintptr_t>(out) % bytes;
+    const int64_t head = (bytes - ahead) / static_cast<int64_t>(sizeof(T));
+    if (ahead && (bitwise || ahead % sizeof(T) || head >= n)) {
+      streaming = false;
+    } else if (ahead) {
+      step(0, Part{head}, false);
+      i = head;
+    }
+  }
+  for (; i + lanes <= n; i += lanes) step(i, Whole{}, streaming);
+  if (i < n) step(i, Part{n - i}, false);
+}
+
+template <class T, bool last>
+void rescale_rows(const ForwardParams& p, const Coefficients& coefficients, int64_t b, Range range, bool streaming) {
+  using A = Accumulator<T>;
+  const int64_t n = columns_of(p), rows = last ? p.sizes.length : p.sizes.channels;
+  const Act act = p.options.out_act;
+  for (int64_t row = range.begin; row < range.end; ++row) {
+    const T* x = row_of<T>(p.x, b, row);
+    const T* residual = row_of<T>(p.residual, b, row);
+    T* y = row_of<T>(p.y, b, row);
+    uint8_t* bits = p.mask ? p.mask + (b * rows + row) * ((n + 7) / 8) : nullptr;
+    const Coefficient<A, last> s(coefficients.s, b, row, p.sizes.channels), t(coefficients.t, b, row, p.sizes.channels);
+    each_vector(y, n, streaming, bits, [&](int64_t i, auto access, bool streaming) {
+      Vec<A> u = access.read(x + i) * s.at(i, access) + t.at(i, access);
+      if (residual) u += access.read(residual + i);
+      if (bits) write_bits<A>(bits, i, n, to_bits<A>(activation_grad<A>(act, u, Vec<A>{}) != 0));
+      if (act != Act::identity) u = activation<A>(act, u, Vec<A>{});
+      access.write(y + i, u, streaming);
+    });
+  }
+  if (streaming) fence();
+}
+
+void rescale(const ForwardParams& p, const Coefficients& c, int64_t b, Range rows, bool streaming) {
+  cpu::visit(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    p.layout == Layout::channels_last ? rescale_rows<T, true>(p, c, b, rows, streaming)
+                                      : rescale_rows<T, false>(p, c, b, rows, streaming);
+  });
+}
+
+template <class T, bool last>
+void grad_x_rows(
+    const BackwardParams& p, const Coefficients& u, const Coefficients& c, int64_t b, Range range, bool streaming) {
+  using A = Accumulator<T>;
+  const int64_t n = columns_of(p);
+  visit_grad<T, last>(p, u, [&](const auto& grad) {
+    for (int64_t row = range.begin; row < range.end; ++row) {
+      const auto v = grad(b, row);
+      T* dx = row_of<T>(p.dx, b, row);
+      T* dresidual = row_of<T>(p.dresidual, b, row);
+      const Coefficient<A, last> s(c.s, b, row, p.sizes.channels), t(c.t, b, row, p.sizes.channels);
+      each_vector(dx ? dx : dresidual, n, streaming, p.mask, [&](int64_t i, auto access, bool streaming) {
+        const Vec<A> vi = v.at(i, access);
+        if (dresidual) access.write(dresidual + i, vi, false);
+        if (dx) access.write(dx + i, vi * s.at(i, access) + t.at(i, access), streaming);
+      });
+    }
+  });
+  if (streaming) fence();
+}
+
+void grad_x(
+    const BackwardParams& p, const Coefficients& u, const Coefficients& dx, int64_t b, Range rows, bool streaming) {
+  cpu::visit(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    p.layout == Layout::channels_last ? grad_x_rows<T, true>(p, u, dx, b, rows, streaming)
+                                      : grad_x_rows<T, false>(p, u, dx, b, rows, streaming);
+  });
+}
+
+}  // namespace attnkern::squeeze_excite::ATTNKERN_ISA
