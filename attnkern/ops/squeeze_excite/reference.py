@@ -64,7 +64,7 @@ def activation(h: Tensor, act: str, slope: float = 0.01, weight: Tensor | None =
         return F.leaky_relu(h, slope)
     if act == "prelu":
         assert weight is not None
-        return torch.where(h > 0, h, weight.to(h.dtype) * h)
+        return F.prelu(h, weight.to(h.dtype))
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "identity": lambda h: h,
         # not F.relu: it keeps its output for backward, and blocks change y in place
@@ -110,8 +110,8 @@ def activation_grad(
 def gate_value(z: Tensor, gate: str, slope: float = 1 / 6, offset: float = 0.5) -> Tensor:
     if gate == "hard_sigmoid":
         v = slope * z + offset
-        # not torch.clamp: hardsigmoid's derivative is 0 at both ends
-        return torch.where(v <= 0, 0.0, torch.where(v >= 1, 1.0, v))
+        # not clamp alone: hardsigmoid's derivative is 0 at both ends, and for NaN
+        return torch.where((v > 0) & (v < 1), v, v.detach().clamp(0, 1))
     functions: dict[str, Callable[[Tensor], Tensor]] = {
         "identity": lambda z: z,
         "sigmoid": torch.sigmoid,
