@@ -55,35 +55,44 @@ def is_rerouted(module: nn.Module) -> bool:
 
 
 def read(fc1: Any, act: Any, fc2: Any, gate: Any) -> Arguments | str:
-    """The arguments, or why the children cannot be inlined; one layer when act and fc2 are None."""
-    for conv in (fc1,) if fc2 is None else (fc1, fc2):
-        if type(conv) is not nn.Conv2d:
-            return f"its 1x1 convolution is a {_activations.qualified_name(type(conv))}"
-        if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):
-            return f"its convolution is not a plain 1x1 one: {conv}"
-        if conv.groups != 1:
-            return f"its 1x1 convolution has {conv.groups} groups"
-        if reason := altered(conv):
-            return f"its 1x1 convolution {reason}"
-    hidden = _activations.Activation("identity")
-    if act is not None:
-        if (found := _activations.read(act)) is None or found.name not in ACTS:
-            return f"its activation {_describe(act)} is not supported"
-        if reason := altered(act):
-            return f"its activation {type(act).__name__} {reason}"
-        hidden = found
-    if (found := _activations.read(gate)) is None or found.name not in GATES:
-        return f"its gate {_describe(gate)} is not supported"
-    if reason := altered(gate):
-        return f"its gate {type(gate).__name__} {reason}"
-    return Arguments(
-        fc1.weight,
-        fc1.bias,
-        None if fc2 is None else fc2.weight,
-        None if fc2 is None else fc2.bias,
-        *hidden,
-        found.name,
+    """The arguments of a two-layer MLP, or why its children cannot be inlined."""
+    reason = (
+        _refuse_conv(fc1)
+        or _refuse_conv(fc2)
+        or _refuse_activation("activation", act, ACTS)
+        or _refuse_activation("gate", gate, GATES)
     )
+    if reason:
+        return reason
+    hidden = _activations.read(act)
+    return Arguments(fc1.weight, fc1.bias, fc2.weight, fc2.bias, *hidden, _activations.read(gate).name)
+
+
+def read_one_layer(fc: Any, gate: Any) -> Arguments | str:
+    """The arguments of effective squeeze-and-excitation's one layer, or why not."""
+    if reason := _refuse_conv(fc) or _refuse_activation("gate", gate, GATES):
+        return reason
+    return Arguments(fc.weight, fc.bias, None, None, "identity", 0.01, None, _activations.read(gate).name)
+
+
+def _refuse_conv(conv: Any) -> str | None:
+    if type(conv) is not nn.Conv2d:
+        return f"its 1x1 convolution is a {_activations.qualified_name(type(conv))}"
+    if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):
+        return f"its convolution is not a plain 1x1 one: {conv}"
+    if conv.groups != 1:
+        return f"its 1x1 convolution has {conv.groups} groups"
+    reason = altered(conv)
+    return reason and f"its 1x1 convolution {reason}"
+
+
+def _refuse_activation(role: str, module: Any, names: tuple[str, ...]) -> str | None:
+    found = _activations.read(module)
+    if found is None or found.name not in names:
+        extra = f"({module.extra_repr()})" if isinstance(module, nn.Module) else ""
+        return f"its {role} {type(module).__name__}{extra} is not supported"
+    reason = altered(module)
+    return reason and f"its {role} {type(module).__name__} {reason}"
 
 
 def accepts(x: Any, arguments: Arguments) -> bool:
@@ -149,8 +158,3 @@ def say_once(module: nn.Module, reason: str) -> None:
         f"attnkern: {type(module).__name__} was optimized but runs its own forward: {reason}",
         stacklevel=4,
     )
-
-
-def _describe(module: Any) -> str:
-    extra = f"({module.extra_repr()})" if isinstance(module, nn.Module) else ""
-    return f"{type(module).__name__}{extra}"

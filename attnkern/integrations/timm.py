@@ -29,7 +29,7 @@ def _read_se(m: Any) -> Arguments | str:
 def _read_effective_se(m: Any) -> Arguments | str:
     if m.add_maxpool:
         return "add_maxpool=True: its squeeze is not the mean alone"
-    return _squeeze_excite.read(m.fc, None, None, m.gate)
+    return _squeeze_excite.read_one_layer(m.fc, m.gate)
 
 
 def _read_efficientnet_se(m: Any) -> Arguments | str:
@@ -137,7 +137,7 @@ def _finish(
 
 def _fits(x: Tensor, shortcut: Tensor, tail: Arguments) -> bool:
     return (
-        x.dtype == shortcut.dtype and x.shape == shortcut.shape and _squeeze_excite.accepts(x, tail)
+        _squeeze_excite.accepts(x, tail) and x.dtype == shortcut.dtype and x.shape == shortcut.shape
     )
 
 

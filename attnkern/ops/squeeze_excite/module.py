@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnkern import _activations, _checks
+from attnkern._select import IMPLS
 from attnkern.ops.squeeze_excite.op import squeeze_excite
 from attnkern.ops.squeeze_excite.reference import ACTS, APPLIES, GATES, OUT_ACTS
 
@@ -79,6 +80,7 @@ class SqueezeExcite(nn.Module):
             _checks.fail(name, "norm_layer", "be None (no norm between the layers)", norm_layer)
         _checks.choice(name, "apply", apply, APPLIES)
         _checks.choice(name, "out_act", out_act, OUT_ACTS)
+        _checks.choice(name, "impl", impl, IMPLS)
         if spatial_dims not in (1, 2, 3):
             _checks.fail(name, "spatial_dims", "be 1, 2 or 3", spatial_dims)
         hidden = rd_channels or make_divisible(channels * rd_ratio, rd_divisor)

@@ -1,0 +1,173 @@
+"""``attnkern.nn``: timm's arguments, keys, rounding and state dicts; what every module survives."""
+
+import copy
+import functools
+import io
+import pickle
+
+import pytest
+import timm
+import torch
+from timm.layers.squeeze_excite import SEModule
+from torch import nn
+
+import attnkern
+from attnkern.nn import SqueezeExcite
+
+ARGUMENTS = {
+    "default": {},
+    "ratio": {"rd_ratio": 0.25},
+    "channels": {"rd_channels": 12},
+    "divisor": {"rd_ratio": 0.25, "rd_divisor": 4},
+    "no bias": {"bias": False},
+    "class": {"act_layer": nn.SiLU, "gate_layer": nn.Hardsigmoid},
+    "partial": {"act_layer": functools.partial(nn.LeakyReLU, 0.2)},
+    "name": {"act_layer": "swish", "gate_layer": "hard_sigmoid"},
+    "hard_swish": {"act_layer": "hard_swish", "gate_layer": "hardsigmoid"},
+    "prelu": {"act_layer": nn.PReLU},
+    "prelu name": {"act_layer": "prelu"},
+    "timm act": {"act_layer": timm.layers.activations.Swish, "gate_layer": "tanh"},
+    "stock defaults": {"add_maxpool": False, "norm_layer": None},
+}
+
+
+def _pair(channels=64, **options):
+    torch.manual_seed(0)
+    theirs = SEModule(channels, **options).double()
+    for parameter in theirs.parameters():
+        nn.init.normal_(parameter)
+    return theirs, SqueezeExcite(channels, **options).double()
+
+
+@pytest.mark.parametrize("options", ARGUMENTS.values(), ids=ARGUMENTS)
+def test_timm_state_dicts_load_both_ways(options):
+    theirs, ours = _pair(**options)
+    ours.load_state_dict(theirs.state_dict())
+    back, _ = _pair(**options)
+    for parameter in back.parameters():
+        nn.init.zeros_(parameter)
+    back.load_state_dict(ours.state_dict())
+    x = torch.randn(3, 64, 5, 4, dtype=torch.float64, requires_grad=True)
+    want, got = theirs(x), ours(x)
+    torch.testing.assert_close(got, want)
+    torch.testing.assert_close(back(x), want, rtol=0, atol=0)
+    assert want.std() > 0.1
+    dy = torch.randn_like(want)
+    inputs = lambda m: (x, *(p for _, p in sorted(m.named_parameters())))  # noqa: E731
+    for a, b in zip(
+        torch.autograd.grad(got, inputs(ours), dy),
+        torch.autograd.grad(want, inputs(theirs), dy),
+        strict=True,
+    ):
+        torch.testing.assert_close(a, b)
+
+
+@pytest.mark.parametrize("ratio", [1 / 16, 0.25, 0.1])
+def test_hidden_width_is_rounded_as_timm_does(ratio):
+    for channels in (1, 7, 27, 96, 200, 360, 1052):
+        theirs = SEModule(channels, rd_ratio=ratio, device="meta")
+        ours = SqueezeExcite(channels, rd_ratio=ratio, device="meta")
+        assert ours.fc1.weight.shape == theirs.fc1.weight.shape, channels
+        unset = SqueezeExcite(channels, rd_ratio=ratio, rd_channels=0, device="meta")
+        assert unset.fc1.weight.shape == theirs.fc1.weight.shape, channels
+
+
+def test_positional_arguments_are_in_timms_order():
+    arguments = (64, 0.25, None, 4, False, False, nn.SiLU, None, nn.Hardsigmoid, "meta", torch.half)
+    theirs, ours = SEModule(*arguments), SqueezeExcite(*arguments)
+    for (name, want), (same, got) in zip(
+        theirs.state_dict().items(), ours.state_dict().items(), strict=True
+    ):
+        assert (name, want.shape, want.dtype, want.device) == (same, got.shape, got.dtype, got.device)
+    assert ours.options["act"] == "silu"
+    assert ours.options["gate"] == "hard_sigmoid"
+
+
+def test_timm_builds_with_it():
+    def build(layer):
+        torch.manual_seed(0)
+        return timm.create_model("resnet18", block_args={"attn_layer": layer}, zero_init_last=False)
+
+    stock, ours = build("se").double().eval(), build(SqueezeExcite).double().eval()
+    assert type(ours.layer1[0].se) is SqueezeExcite
+    ours.load_state_dict(stock.state_dict())
+    x = torch.randn(1, 3, 32, 32, dtype=torch.float64)
+    with torch.no_grad():
+        torch.testing.assert_close(ours(x), stock(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"act_layer": nn.ELU}, "SqueezeExcite: act_layer must be one of identity, .*, got 'ELU'"),
+        ({"act_layer": "elu"}, "SqueezeExcite: act_layer must be one of identity, .*, got 'elu'"),
+        ({"act": "swish"}, "SqueezeExcite: act must be one of identity, .*, got 'swish'"),
+        ({"gate": "silu"}, "SqueezeExcite: gate must be one of sigmoid, .*, got 'silu'"),
+        ({"gate_layer": nn.SiLU}, "SqueezeExcite: gate_layer must be one of sigmoid, .*'silu'"),
+        ({"norm_layer": nn.BatchNorm2d}, "SqueezeExcite: norm_layer must be None"),
+        ({"add_maxpool": True}, "SqueezeExcite: add_maxpool must be False"),
+        ({"spatial_dims": 4}, "SqueezeExcite: spatial_dims must be 1, 2 or 3, got 4"),
+        ({"apply": "add"}, "SqueezeExcite: apply must be one of scale, .*, got 'add'"),
+        ({"out_act": "mish"}, "SqueezeExcite: out_act must be one of identity, .*, got 'mish'"),
+        ({"impl": "cuda"}, "SqueezeExcite: impl must be one of auto, .*, got 'cuda'"),
+    ],
+    ids=str,
+)
+def test_bad_arguments_name_themselves(options, message):
+    with pytest.raises(ValueError, match=message):
+        SqueezeExcite(64, **options)
+
+
+@pytest.mark.parametrize("spatial_dims", [1, 2, 3])
+def test_every_option_reaches_the_operator(spatial_dims, target):
+    torch.manual_seed(0)
+    options = {"gate_slope": 0.3, "gate_offset": 0.4, "apply": "scale_shift", "gain": 2.0}
+    module = SqueezeExcite(
+        *(8, 0.5),
+        **(options | {"act": "leaky_relu", "act_slope": 0.2, "gate": "hard_sigmoid"}),
+        **{"out_act": "silu", "spatial_dims": spatial_dims, "impl": target.impl},
+    ).to(target.device)
+    assert module.fc1.weight.dim() == 2 + spatial_dims
+    x, residual = torch.randn(2, 2, 8, *(4, 3, 2)[:spatial_dims], device=target.device)
+    drop_path = torch.tensor([0.0, 1.5], device=target.device)
+    m = x.flatten(2).mean(2)
+    h = nn.functional.leaky_relu(nn.functional.linear(m, module.fc1.weight.flatten(1), module.fc1.bias), 0.2)
+    z = nn.functional.linear(h, module.fc2.weight.flatten(1), module.fc2.bias)
+    ones = (2, 8, *(1,) * spatial_dims)
+    s, t = (0.3 * z[:, :8] + 0.4).clamp(0, 1).view(ones), z[:, 8:].view(ones)
+    u = residual + drop_path.view(2, *(1,) * (x.dim() - 1)) * 2.0 * (s * x + t)
+    torch.testing.assert_close(module(x, residual, drop_path), nn.functional.silu(u))
+
+
+def _copies(module):
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    return {
+        "deepcopy": copy.deepcopy(module),
+        "pickle": pickle.loads(pickle.dumps(module)),
+        "save": torch.load(buffer, weights_only=False),
+    }
+
+
+def test_copies_compute_the_same_from_their_own_parameters():
+    module = SqueezeExcite(16, act="prelu")
+    x = torch.randn(2, 16, 3, 3)
+    want = module(x)
+    for name, other in _copies(module).items():
+        assert torch.equal(other(x), want), name
+        nn.init.zeros_(other.fc2.weight)
+        nn.init.zeros_(other.fc2.bias)
+        torch.testing.assert_close(other(x), x / 2, msg=name)
+        assert torch.equal(module(x), want), name
+
+
+def test_repr_names_the_options():
+    text = repr(SqueezeExcite(16, act="silu", gain=2.0))
+    assert "act='silu'" in text
+    assert "gain=2.0" in text
+
+
+def test_optimize_leaves_our_own_module_alone():
+    report = attnkern.optimize(nn.Sequential(SqueezeExcite(16)))
+    assert (report.replaced, report.skipped) == ([], [])
