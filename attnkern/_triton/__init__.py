@@ -8,6 +8,13 @@ from typing import Any
 from attnkern import _library
 from attnkern._select import _interpreting
 
+LAUNCH: dict[str, Any] = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": True}
+"""Options of every launch: four blocks of 128 threads share a processor's 65536 registers.
+
+Left to itself ptxas aims at 56 to 80 registers and spills 8 bytes in some kernels.  Fusion is
+stated because Triton 3.10 turns its default off.
+"""
+
 
 def serve(module: str, *operators: str) -> None:
     """Serve ``attnkern::<operator>.triton`` by the function of that name in ``module``.

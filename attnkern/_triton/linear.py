@@ -1,7 +1,7 @@
 """Small fully connected layers on float32 rows: forward, both gradients, and sums over rows.
 
-Rows [B, K] are dense float32; weights have their own dtype and any two strides, so that a gradient
-reads W where the forward reads it, transposed.  Every sum runs in a fixed order.
+Rows [B, K] are dense float32, weights dense of their own dtype.  Every sum runs in a fixed order.
+Sizes are not specialised: one compiled kernel serves every network of a dtype and activation.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from attnkern._triton import LAUNCH
 from attnkern._triton.activation import activation, activation_grad
 
 
@@ -23,7 +24,7 @@ def _activate(v, slopes, k, valid, slope, slope_stride, ACT: tl.constexpr):
     return activation(v, slope, ACT)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "inputs", "outputs", "slope_stride"])
 def linear_kernel(
     v,
     w,
@@ -35,10 +36,9 @@ def linear_kernel(
     batch,
     inputs,
     outputs,
-    stride_o,
-    stride_k,
     slope,
     slope_stride,
+    TRANSPOSED: tl.constexpr,
     ACT: tl.constexpr,
     DOT: tl.constexpr,
     BLOCK_B: tl.constexpr,
@@ -48,7 +48,7 @@ def linear_kernel(
     """
     Computes  out = act(v) W^T + bias;  with ``pre`` [B, O], out = (v W^T) * act'(pre) instead, and
               slope_terms = (v W^T) * min(pre, 0), whose sum over samples is prelu's gradient
-    Layout    v [B, K], out [B, O], element (o, k) of W at o * stride_o + k * stride_k
+    Layout    v [B, K], out [B, O], W [O, K], or stored [K, O] with TRANSPOSED
     Mapping   a program owns [BLOCK_B, BLOCK_O] outputs and walks K; DOT False has BLOCK_B = 1
     Traffic   W once per BLOCK_B samples, from L2
     Numerics  float32, fixed order; DOT is IEEE float32 (no TF32)
@@ -68,8 +68,12 @@ def linear_kernel(
         )
         if pre is None:
             a = _activate(a, slopes, k, k < inputs, slope, slope_stride, ACT)
+        if TRANSPOSED:
+            offsets = k[None, :] * outputs + o[:, None]
+        else:
+            offsets = o[:, None] * inputs + k[None, :]
         weights = tl.load(
-            w + o[:, None] * stride_o + k[None, :] * stride_k,
+            w + offsets,
             mask=(o < outputs)[:, None] & (k < inputs)[None, :],
             other=0.0,
         ).to(tl.float32)
@@ -93,7 +97,7 @@ def linear_kernel(
     tl.store(out + offsets, total, mask=valid)
 
 
-@triton.jit(do_not_specialize=["batch"])
+@triton.jit(do_not_specialize=["batch", "inputs", "outputs", "slope_stride"])
 def weight_grad_kernel(
     g,
     v,
@@ -146,7 +150,7 @@ def weight_grad_kernel(
             tl.store(dbias + o, total.to(dbias.dtype.element_ty), mask=o < outputs)
 
 
-@triton.jit(do_not_specialize=["rows", "divisor"])
+@triton.jit(do_not_specialize=["rows", "cols", "divisor"])
 def sum_rows_kernel(
     terms, out, rows, cols, divisor, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):
@@ -184,9 +188,8 @@ class Layer(NamedTuple):
 
     def forward(self, v: Tensor) -> Tensor:
         """out [B, O] for v [B, K]."""
-        outputs, inputs = self.weight.shape[:2]
-        out = v.new_empty(v.shape[0], outputs)
-        return self._linear(v, out, inputs, 1, bias=self.bias, pre=None, slope_terms=None)
+        out = v.new_empty(v.shape[0], self.weight.shape[0])
+        return self._linear(v, out, False, bias=self.bias, pre=None, slope_terms=None)
 
     def backward(
         self, g: Tensor, out: Tensor, pre: Tensor | None = None, slope_terms: Tensor | None = None
@@ -195,9 +198,7 @@ class Layer(NamedTuple):
 
         ``slope_terms``, like ``pre``, receives what sums over samples to prelu's gradient.
         """
-        return self._linear(
-            g, out, 1, self.weight.shape[1], bias=None, pre=pre, slope_terms=slope_terms
-        )
+        return self._linear(g, out, True, bias=None, pre=pre, slope_terms=slope_terms)
 
     def weight_grad(self, g: Tensor, v: Tensor, dw: Tensor, db: Tensor) -> None:
         """dw = g^T act(v), db = sum_b g."""
@@ -211,23 +212,24 @@ class Layer(NamedTuple):
             outputs=outputs,
             inputs=inputs,
             **self._activation(),
-            BLOCK_B=32,
+            BLOCK_B=16,
             BLOCK_O=32,
             BLOCK_K=32,
+            **LAUNCH,
         )
 
     def _activation(self) -> dict[str, Any]:
         stride = 1 if self.slopes is not None and self.slopes.numel() > 1 else 0
         return {"slopes": self.slopes, "slope": self.slope, "slope_stride": stride, "ACT": self.act}
 
-    def _linear(self, v: Tensor, out: Tensor, stride_o: int, stride_k: int, **own: Any) -> Tensor:
+    def _linear(self, v: Tensor, out: Tensor, transposed: bool, **own: Any) -> Tensor:
         (batch, inputs), outputs = v.shape, out.shape[1]
         # One sample a program reads all of W per sample; past 2^22 products samples share W, at the
         # price of a trip through shared memory a step.
         if batch >= 16 and batch * inputs * outputs >= 1 << 22:
-            blocks = {"DOT": True, "BLOCK_B": 16, "BLOCK_O": 32, "BLOCK_K": 64}
+            blocks = {"DOT": True, "BLOCK_B": 16, "BLOCK_O": 32, "BLOCK_K": 16}
         else:
-            block_k = min(256, max(16, triton.next_power_of_2(inputs)))
+            block_k = 256 if inputs >= 256 else 32
             blocks = {"DOT": False, "BLOCK_B": 1, "BLOCK_O": 2048 // block_k, "BLOCK_K": block_k}
         if batch:
             tiles = triton.cdiv(batch, blocks["BLOCK_B"]), triton.cdiv(outputs, blocks["BLOCK_O"])
@@ -238,11 +240,11 @@ class Layer(NamedTuple):
                 batch=batch,
                 inputs=inputs,
                 outputs=outputs,
-                stride_o=stride_o,
-                stride_k=stride_k,
+                TRANSPOSED=transposed,
                 **own,
                 **self._activation(),
                 **blocks,
+                **LAUNCH,
             )
         return out
 
@@ -252,5 +254,5 @@ def sum_rows(terms: Tensor, out: Tensor, divisor: float = 1.0) -> None:
     rows, cols = terms.shape[0], out.numel()
     if cols:
         sum_rows_kernel[triton.cdiv(cols, 32),](
-            terms, out, rows, cols, divisor, BLOCK_ROWS=32, BLOCK_COLS=32
+            terms, out, rows, cols, divisor, BLOCK_ROWS=32, BLOCK_COLS=32, **LAUNCH
         )

@@ -108,9 +108,9 @@ def _coefficients(
 def _load_logits(logits, b, c, channels, APPLY: tl.constexpr):
     """z[:C] and z[C:] of the sample; the second is z[:C] again unless ``APPLY`` shifts by it."""
     if APPLY == "scale_shift":
-        row = logits + b * channels * 2
-        z = tl.load(row + c, mask=c < channels, other=0.0)
-        shift = tl.load(row + channels + c, mask=c < channels, other=0.0)
+        at = b * channels * 2 + c
+        z = tl.load(logits + at, mask=c < channels, other=0.0)
+        shift = tl.load(logits + (at + channels), mask=c < channels, other=0.0)
     else:
         z = tl.load(logits + b * channels + c, mask=c < channels, other=0.0)
         shift = z
@@ -272,14 +272,15 @@ def reduce_kernel(
     COLS: tl.constexpr,
 ):
     """
-    Computes  v = dy out_act'(u), partial[split] = (sum v x, sum v), and dresidual = v
-    Layout    maps as above, partial [splits, 2, B, C] float32
+    Computes  v = dy out_act'(u), partial[split] = (sum v x, and sum v if SHIFTED), dresidual = v
+    Layout    maps as above, partial [splits, 1 + SHIFTED, B, C] float32
     Mapping   a program owns one sample's ROWS (channels last: COLS) channels and one split
     Traffic   dy, x (and residual where out_act' needs u, or one bit an element) once
     Numerics  float32, a tile of running sums, then a tree; fixed order
     """
     CHANNELS: tl.constexpr = COLS if CHANNELS_LAST else ROWS
     POSITIONS: tl.constexpr = ROWS if CHANNELS_LAST else COLS
+    SHIFTED: tl.constexpr = APPLY == "scale_shift" or APPLY == "shift"
     rows = length if CHANNELS_LAST else channels
     cols = channels if CHANNELS_LAST else length
     blocks = _tiles(channels, CHANNELS)
@@ -327,11 +328,13 @@ def reduce_kernel(
                 mask=valid,
             )
         sum_vx += v * x_tile
-        sum_v += v
-    at_vx = (split * 2 * batch + b) * channels + c
-    at_v = ((split * 2 + 1) * batch + b) * channels + c
-    tl.store(partial + at_vx, _over_positions(sum_vx, CHANNELS_LAST), mask=c < channels)
-    tl.store(partial + at_v, _over_positions(sum_v, CHANNELS_LAST), mask=c < channels)
+        if SHIFTED:
+            sum_v += v
+    at = (split * (1 + SHIFTED) * batch + b) * channels + c
+    tl.store(partial + at, _over_positions(sum_vx, CHANNELS_LAST), mask=c < channels)
+    if SHIFTED:
+        at = ((split * 2 + 1) * batch + b) * channels + c
+        tl.store(partial + at, _over_positions(sum_v, CHANNELS_LAST), mask=c < channels)
 
 
 @triton.jit(do_not_specialize=["batch"])
@@ -354,30 +357,35 @@ def logits_grad_kernel(
     """
     Computes  dz = gate'(z) gain d sum v x (sum v where the gate shifts) + dlogits, and
               dd = gain sum_c (s sum v x + t sum v)
-    Layout    sums [2, B, C] = (sum v x, sum v), logits, dlogits and dz [B, C or 2C], dd [B]
+    Layout    sums as reduce_kernel's, merged; logits, dlogits and dz [B, C or 2C]; dd [B]
     Mapping   a program owns one sample
     Traffic   [B, C] only
     Numerics  float32, fixed order
     """
+    SHIFTED: tl.constexpr = APPLY == "scale_shift" or APPLY == "shift"
     b = tl.program_id(0).to(tl.int64)
     factor = _branch_factor(drop_path, b, gain)
     ddrop = tl.zeros([BLOCK_C], tl.float32)
     for c0 in range(0, channels, BLOCK_C):
         c = c0 + tl.arange(0, BLOCK_C).to(tl.int64)
         sum_vx = tl.load(sums + b * channels + c, mask=c < channels, other=0.0)
-        sum_v = tl.load(sums + (b + batch) * channels + c, mask=c < channels, other=0.0)
         z, shift = _load_logits(logits, b, c, channels, APPLY)
         s, t = _coefficients(z, shift, gain, gate_slope, gate_offset, GATE, APPLY)
-        ddrop += tl.where(c < channels, s * sum_vx + t * sum_v, 0.0)
-        slope = gate_grad(z, gate_slope, gate_offset, GATE)
-        grad = slope * factor * (sum_v if APPLY == "shift" else sum_vx)
+        branch = s * sum_vx
+        sum_g = sum_vx
+        if SHIFTED:
+            sum_v = tl.load(sums + (b + batch) * channels + c, mask=c < channels, other=0.0)
+            branch += t * sum_v
+            sum_g = sum_v if APPLY == "shift" else sum_vx
+        ddrop += tl.where(c < channels, branch, 0.0)
+        grad = gate_grad(z, gate_slope, gate_offset, GATE) * factor * sum_g
         at = b * channels + c
         if APPLY == "scale_shift":
             at += b * channels
             shift_grad = factor * sum_v
             if dlogits is not None:
-                shift_grad += tl.load(dlogits + at + channels, mask=c < channels, other=0.0)
-            tl.store(dz + at + channels, shift_grad, mask=c < channels)
+                shift_grad += tl.load(dlogits + (at + channels), mask=c < channels, other=0.0)
+            tl.store(dz + (at + channels), shift_grad, mask=c < channels)
         if dlogits is not None:
             grad += tl.load(dlogits + at, mask=c < channels, other=0.0)
         tl.store(dz + at, grad, mask=c < channels)

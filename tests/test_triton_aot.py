@@ -1,0 +1,110 @@
+"""Triton kernels compile for every target with no GPU, spill nothing and address in int64."""
+
+from __future__ import annotations
+
+import os
+import re
+
+import pytest
+
+pytest.importorskip("triton", reason="Triton is not installed")
+if os.environ.get("TRITON_INTERPRET") == "1":
+    pytest.skip("kernels are interpreted in this process", allow_module_level=True)
+
+import triton
+import triton.language as tl
+
+from attnkern._triton import LAUNCH, aot
+
+LAUNCHES = [
+    pytest.param(launch, id=f"{op}-{launch.name}-{label}")
+    for op, module in aot.declarations()
+    for launch, label in aot.launches(module.CALLS).items()
+]
+
+ASSIGNMENT = re.compile(r"^\s*(%[\w]+)(?::\d+)? = \"?([\w.]+)\"?\s(.*)$")
+FORWARDING = {
+    *("arith.addi", "arith.subi", "arith.muli", "arith.select"),
+    *("tt.splat", "tt.broadcast", "tt.expand_dims"),
+}
+
+
+def narrow_offsets(ttir: str) -> list[str]:
+    """Lines that offset a pointer by less than 64 bits, or widen a product made in fewer.
+
+    A quotient or remainder of a program id is bounded by it; any other 32-bit product may overflow
+    before it is widened.
+    """
+    lines = {m[1]: m for line in ttir.splitlines() if (m := ASSIGNMENT.match(line))}
+
+    def has_narrow_product(name: str) -> bool:
+        if name not in lines:
+            return False  # an argument
+        _, operation, rest = lines[name].groups()
+        if operation not in FORWARDING:
+            return False
+        return operation == "arith.muli" or any(map(has_narrow_product, operands(rest)))
+
+    def operands(rest: str) -> list[str]:
+        return re.findall(r"%\w+", rest.split(" loc(")[0])
+
+    found = []
+    for match in lines.values():
+        _, operation, rest = match.groups()
+        narrow = operation == "tt.addptr" and not re.search(r"[, x<]i64>?\s*(loc|$)", rest)
+        if operation in ("arith.extsi", "arith.extui"):
+            narrow = has_narrow_product(operands(rest)[0])
+        if narrow:
+            found.append(match[0])
+    return found
+
+
+@pytest.mark.parametrize("launch", LAUNCHES)
+def test_compiles_within_its_resources(launch):
+    for capability in aot.CAPABILITIES:
+        compiled = aot.compile(launch, capability)
+        used = aot.resources(compiled)
+        assert used.spills == 0, f"sm_{capability}: {used}"
+        assert 0 < used.registers <= LAUNCH["maxnreg"], f"sm_{capability}: {used}"
+        assert used.shared <= 48 * 1024, f"sm_{capability}: {used}"
+        assert not narrow_offsets(compiled.asm["ttir"])
+
+
+def test_declarations_cover_every_kernel_that_launchers_use():
+    import attnkern.ops.squeeze_excite.triton as launchers
+    import attnkern.ops.squeeze_excite.triton_kernels as kernels
+    from attnkern._triton import linear
+
+    used = {
+        value.__name__
+        for module in (launchers, kernels, linear)
+        for value in vars(module).values()
+        if isinstance(value, triton.JITFunction) and value.__name__.endswith("_kernel")
+    }
+    assert used == {parameter.values[0].name for parameter in LAUNCHES}
+
+
+@triton.jit
+def product_in_int32(x, rows, BLOCK: tl.constexpr):
+    offset = (tl.program_id(0) * rows).to(tl.int64) + tl.arange(0, BLOCK)
+    tl.store(x + offset, 0.0)
+
+
+@triton.jit
+def offset_in_int32(x, rows, BLOCK: tl.constexpr):
+    tl.store(x + tl.program_id(0) * rows + tl.arange(0, BLOCK), 0.0)
+
+
+@triton.jit
+def product_in_int64(x, rows, BLOCK: tl.constexpr):
+    offset = tl.program_id(0).to(tl.int64) * rows + tl.arange(0, BLOCK)
+    tl.store(x + offset, 0.0)
+
+
+@pytest.mark.parametrize(
+    ("kernel", "faults"), [(product_in_int32, 1), (offset_in_int32, 2), (product_in_int64, 0)]
+)
+def test_the_scan_finds_narrow_offsets(kernel, faults):
+    types = (("x", "*fp32"), ("rows", "i32"), ("BLOCK", "constexpr"))
+    launch = aot.Launch(kernel, types, (("BLOCK", 128),), (0,), ())
+    assert len(narrow_offsets(aot.compile(launch, 90).asm["ttir"])) == faults
