@@ -17,6 +17,7 @@
 
 #define ATTNKERN_KERNEL(max_threads, min_blocks) __global__ void __launch_bounds__(max_threads, min_blocks)
 #define ATTNKERN_DEVICE __device__ __forceinline__
+#define ATTNKERN_DEVICE_CALL inline __device__ __noinline__
 #define ATTNKERN_HOST_DEVICE __host__ __device__ __forceinline__
 #define ATTNKERN_GRID_CONSTANT __grid_constant__
 

@@ -1,0 +1,147 @@
+// Forward and squeeze launchers.
+#include <algorithm>
+
+#include "ops/squeeze_excite/launch.cuh"
+
+namespace attnkern::squeeze_excite {
+namespace {
+
+// The MLP as products over the batch; none, one or two.
+struct Products {
+  Product list[2];
+  int count = 0;
+};
+
+Products forward_products(const ForwardParams& p) {
+  const Sizes& n = p.sizes;
+  const void* m = p.src ? p.src : p.mean;
+  Products products;
+  if (p.w1 == nullptr) return products;
+  const int64_t first = p.w2 ? n.hidden : n.width;
+  products.list[products.count++] =
+      linear({m, n.channels, 1}, p.w1, p.b1, n.batch, n.channels, first, p.w2 ? p.hidden : p.logits);
+  if (p.w2)
+    products.list[products.count++] = with_act(
+        linear({p.hidden, n.hidden, 1, Operand::activated}, p.w2, p.b2, n.batch, n.hidden, n.width, p.logits), p);
+  return products;
+}
+
+struct Carved {
+  Workspace kernel;
+  float* products;
+  size_t bytes;
+};
+
+Carved carve(const ForwardParams& p, const Plan& plan, const Device& device, void* base) {
+  Carver carver{static_cast<char*>(base)};
+  Carved c{};
+  if (plan.strategy != Strategy::resident) {
+    c.kernel.counters = carver.take<uint32_t>(counter_count(p));
+    if (!p.src) c.kernel.partial = carver.take<float>(p.sizes.batch * plan.pieces * plan.channels_here);
+    if (plan.strategy == Strategy::batched) {
+      int64_t floats = 0;
+      const Products products = forward_products(p);
+      for (int i = 0; i < products.count; ++i)
+        floats = std::max(floats, product_workspace(products.list[i], device.sm_count));
+      c.products = carver.take<float>(floats);
+    }
+  }
+  c.bytes = carver.bytes;
+  return c;
+}
+
+Status query(Device& device) { return plan_device(squeeze_excite_resident_kernel<float, false, Forward>, device); }
+
+ForwardParams squeeze_params(const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean) {
+  ForwardParams p{};
+  p.dtype = dtype;
+  p.weight_dtype = DType::float32;
+  p.layout = layout;
+  p.sizes = sizes;
+  p.options.gain = 1;
+  p.x = x;
+  p.mean = mean;
+  return p;
+}
+
+Plan squeeze_plan(const ForwardParams& p, const Device& device) {
+  Force force;
+  force.strategy = static_cast<int>(Strategy::batched);
+  return make_plan(problem_of(p), device, force);
+}
+
+}  // namespace
+
+size_t forward_workspace_cuda(const ForwardParams& p, const Plan& plan, const Device& device) {
+  return carve(p, plan, device, nullptr).bytes;
+}
+
+Status launch_forward_cuda(const ForwardParams& p, const Plan& plan, const Device& device, void* stream) {
+  if (p.sizes.batch == 0) return {};
+  const Carved w = carve(p, plan, device, p.workspace);
+  return visit_map(p.dtype, p.layout, [&](auto kind, auto last) -> Status {
+    using T = decltype(kind);
+    constexpr bool l = decltype(last)::value;
+    if (plan.strategy == Strategy::resident) return launch_resident<T, l, Forward>(p, plan, w.kernel, stream);
+    if (plan.strategy != Strategy::batched)
+      return launch_streamed<T, l, Forward>(p, plan, w.kernel, Phase::both, stream);
+    if (!p.src) {
+      const Status status = launch_streamed<T, l, Forward>(p, plan, w.kernel, Phase::sums, stream);
+      if (!status.ok()) return status;
+    }
+    const Products products = forward_products(p);
+    for (int i = 0; i < products.count; ++i) {
+      const Status status = visit_weight_type(p.weight_dtype, [&](auto weights) {
+        return launch_product<decltype(weights)>(products.list[i], device.sm_count, w.products, stream);
+      });
+      if (!status.ok()) return status;
+    }
+    if (p.w1 == nullptr) {
+      const Status status = copy_bytes(p.logits, p.src, p.sizes.batch * p.sizes.width * sizeof(float), stream);
+      if (!status.ok()) return status;
+    }
+    return launch_streamed<T, l, Forward>(p, plan, w.kernel, Phase::rescale, stream);
+  });
+}
+
+size_t forward_workspace_cuda(const ForwardParams& p) {
+  Device device;
+  if (!query(device).ok()) return 0;
+  return forward_workspace_cuda(p, make_plan(problem_of(p), device), device);
+}
+
+Status launch_forward_cuda(const ForwardParams& p, void* stream) {
+  Device device;
+  if (const Status status = query(device); !status.ok()) return status;
+  return launch_forward_cuda(p, make_plan(problem_of(p), device), device, stream);
+}
+
+size_t squeeze_workspace_cuda(DType dtype, Layout layout, const Sizes& sizes) {
+  Device device;
+  if (!query(device).ok()) return 0;
+  // Alignment is not known here: the narrow plan's workspace is the larger
+  ConstMap x{reinterpret_cast<const void*>(uintptr_t{16}), sizes.channels * sizes.length,
+             layout == Layout::channels_last ? sizes.channels : sizes.length};
+  size_t bytes = 0;
+  for (const uintptr_t base : {uintptr_t{16}, uintptr_t{17}}) {
+    x.data = reinterpret_cast<const void*>(base);
+    const ForwardParams p = squeeze_params(x, dtype, layout, sizes, nullptr);
+    bytes = std::max(bytes, forward_workspace_cuda(p, squeeze_plan(p, device), device));
+  }
+  return bytes;
+}
+
+Status launch_squeeze_cuda(const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean,
+                           void* workspace, void* stream) {
+  if (sizes.batch == 0) return {};
+  Device device;
+  if (const Status status = query(device); !status.ok()) return status;
+  const ForwardParams p = squeeze_params(x, dtype, layout, sizes, mean);
+  const Plan plan = squeeze_plan(p, device);
+  const Carved w = carve(p, plan, device, workspace);
+  return visit_map(dtype, layout, [&](auto kind, auto last) {
+    return launch_streamed<decltype(kind), decltype(last)::value, Forward>(p, plan, w.kernel, Phase::sums, stream);
+  });
+}
+
+}  // namespace attnkern::squeeze_excite
