@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import math
+import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -25,9 +25,10 @@ def choice(op: str, argument: str, value: Any, choices: Sequence[str]) -> None:
 
 
 def number(op: str, argument: str, value: Any, *, minimum: float | None = None) -> None:
-    if not isinstance(value, (int, float)) or isinstance(value, bool):
+    if not isinstance(value, (int, float)):
         raise TypeError(f"{op}: {argument} must be a number, got {type(value).__name__}")
-    if not -math.inf < value < math.inf:  # not isfinite: value may be symbolic under torch.compile
+    largest = sys.float_info.max  # not isfinite: value may be symbolic under torch.compile
+    if not -largest <= value <= largest:
         fail(op, argument, "be finite", value)
     if minimum is not None and value < minimum:
         fail(op, argument, f"be at least {minimum:g}", value)
@@ -37,6 +38,11 @@ def dtype(op: str, argument: str, value: Tensor, allowed: Sequence[torch.dtype])
     if value.dtype not in allowed:
         names = " or ".join(dict.fromkeys(str(d) for d in allowed))
         fail(op, argument, f"have dtype {names}", value.dtype)
+
+
+def strided(op: str, argument: str, value: Tensor) -> None:
+    if value.layout != torch.strided:
+        fail(op, argument, "be a strided tensor", value.layout)
 
 
 def device(op: str, argument: str, value: Tensor, like: Tensor, like_name: str = "x") -> None:

@@ -10,10 +10,12 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
+import sys
 import warnings
 from collections.abc import Iterator
 
 import torch
+from torch.autograd import forward_ad
 
 from attnkern import _native
 
@@ -53,10 +55,24 @@ def use_impl(impl: str) -> Iterator[None]:
         _override = previous
 
 
+def requested(impl: str) -> str:
+    """What ``impl`` means now: "auto" may have been narrowed by `use_impl` or ATTNKERN_IMPL."""
+    return (_override or _default) if impl == "auto" else impl
+
+
+def transforming() -> bool:
+    """Whether a torch.func transform (vmap, grad, jvp) or forward-mode differentiation is active."""
+    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+
+
 def refuse(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     """Why ``impl`` cannot serve ``dtype`` tensors on ``device``; None when it can."""
     if impl == "reference":
         return None
+    if not torch.compiler.is_compiling() and transforming():
+        return (
+            "torch.func transforms and forward-mode differentiation pass through PyTorch code only"
+        )
     if impl == "native":
         if not _native.available:
             return _native.reason
@@ -66,6 +82,8 @@ def refuse(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
             return f"it has no kernels for device {device.type}"
         if not _native.has_cuda:
             return "attnkern was built without CUDA (no nvcc was found); rebuild with one"
+        if not torch.cuda.is_available():
+            return "no CUDA device is available"
         if torch.version.cuda and torch.cuda.get_device_capability(device) < (8, 0):
             return "it needs compute capability 8.0 or newer"
         return "its CUDA kernels have no float64" if dtype == torch.float64 else None
@@ -78,8 +96,7 @@ def refuse(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
 
 def select(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
     """The implementation that runs ``op``; raises ValueError when ``impl`` cannot serve it."""
-    if impl == "auto":
-        impl = _override or _default
+    impl = requested(impl)
     if impl != "auto":
         reason = refuse(impl, device, dtype) if impl in IMPLS else "unknown"
         if reason is None:
@@ -97,7 +114,7 @@ def select(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
     for impl in ORDER.get(device.type, ("reference",)):
         if refuse(impl, device, dtype) is None:
             break
-    if impl == "reference" and not torch.compiler.is_compiling():
+    if impl == "reference" and device.type != "meta" and not torch.compiler.is_compiling():
         _say_once(op, device, dtype)
     return impl
 
@@ -114,5 +131,13 @@ def _say_once(op: str, device: torch.device, dtype: torch.dtype) -> None:
     )
     warnings.warn(
         f"{op} runs its reference implementation for {dtype} on {device.type}: {reasons}",
-        stacklevel=4,
+        stacklevel=_frames_to_caller(),
     )
+
+
+def _frames_to_caller() -> int:
+    """The stacklevel, seen from the caller of this function, of the first frame outside attnkern."""
+    frame, level = sys._getframe(1), 1
+    while frame.f_back and frame.f_globals.get("__name__", "").startswith("attnkern."):
+        frame, level = frame.f_back, level + 1
+    return level

@@ -143,7 +143,7 @@ def error_ratio(
     Eager's error is max|eager - oracle| unless given.  The ratio is infinite where ``got`` is not finite
     though the oracle is, or where the oracle is not and ``got`` is not exactly what eager is.
     """
-    g, e, o = (t.detach().double().cpu() for t in (got, eager, oracle))
+    g, e, o = (t.detach().to(got.device).double() for t in (got, eager, oracle))
     finite = torch.isfinite(o.to(got.dtype).double())
     same = (g == e) | (g.isnan() & e.isnan())
     if not same[~finite].all() or not torch.isfinite(g[finite]).all():
@@ -155,7 +155,9 @@ def error_ratio(
         return 0.0
     error = float((g - o).abs().max())
     band = torch.finfo(got.dtype).eps * float(o.abs().max())
-    return 0.0 if error == 0 else error / (eager_error + band) if eager_error + band else float("inf")
+    return (
+        0.0 if error == 0 else error / (eager_error + band) if eager_error + band else float("inf")
+    )
 
 
 def check(
@@ -186,7 +188,9 @@ class Expected:
     errors: dict[str, float]
 
 
-def expected(spec: OpSpec, case: Case, tensors: Tensors, grad_outputs: Sequence[Tensor]) -> Expected:
+def expected(
+    spec: OpSpec, case: Case, tensors: Tensors, grad_outputs: Sequence[Tensor]
+) -> Expected:
     """Eager in the tensors' own dtype, and in float64 on the CPU.
 
     In float64 eager is the oracle; its error is then float32's for the same values, scaled by the
@@ -195,12 +199,16 @@ def expected(spec: OpSpec, case: Case, tensors: Tensors, grad_outputs: Sequence[
 
     def both(values: Tensors, grads: Sequence[Tensor]) -> tuple[Result, Result]:
         eager = run(spec.eager, values, case.options, grads)
-        return eager, run(spec.eager, double(values), case.options, [g.double().cpu() for g in grads])
+        return eager, run(
+            spec.eager, double(values), case.options, [g.double().cpu() for g in grads]
+        )
 
     eager, oracle = measured = both(tensors, grad_outputs)
     scale = 1.0
     if eager.outputs[0].dtype == torch.float64:
-        measured = both({k: t.float() for k, t in tensors.items()}, [g.float() for g in grad_outputs])
+        measured = both(
+            {k: t.float() for k, t in tensors.items()}, [g.float() for g in grad_outputs]
+        )
         scale = torch.finfo(torch.float64).eps / torch.finfo(torch.float32).eps
     pairs = zip(measured[0].items(), measured[1].items(), strict=True)
     errors = {name: scale * largest_error(e, o) for (name, e), (_, o) in pairs}

@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnkern import _checks, _layout, _library
-from attnkern._select import select
+from attnkern import _checks, _layout, _library, _select
 from attnkern.ops.squeeze_excite import reference
 from attnkern.ops.squeeze_excite.reference import (
     ACTS,
@@ -178,11 +178,13 @@ class _SqueezeExcite(torch.autograd.Function):
                 if mask.numel()
                 else None
             )
-            grads: tuple[Tensor | None, ...] = reference.backward(
-                dy, dlogits, *inputs, options, bits
-            )
+            with _full_precision(x):
+                grads: tuple[Tensor | None, ...] = reference.backward(
+                    dy, dlogits, *inputs, options, bits
+                )
         else:
             dy = _layout.like(dy, x)
+            dlogits = None if dlogits is None else dlogits.contiguous()
             identity = options.out_act == "identity"
             grads = squeeze_excite_bwd[ctx.impl](
                 *(dy, dlogits, *inputs, mean, hidden, logits, mask, *options),
@@ -201,10 +203,9 @@ class _Squeeze(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dm: Tensor) -> Any:
-        dx = (dm / math.prod(ctx.shape[2:])).to(ctx.dtype)
-        return None, reference.per_channel(dx, torch.empty(ctx.shape, device="meta")).expand(
-            ctx.shape
-        )
+        spatial = ctx.shape[2:]
+        dx = (dm / math.prod(spatial)).to(ctx.dtype)
+        return None, dx.reshape(*dm.shape, *(1 for _ in spatial)).expand(ctx.shape)
 
 
 # ------------------------------------------------------------------ public functions
@@ -280,19 +281,17 @@ def squeeze_excite(
     torch.Size([8, 64, 28, 28])
     """
     options = Options(
-        act, act_slope, gate, gate_slope, gate_offset, apply, gain, "identity" if out_act is None else out_act
+        act,
+        act_slope,
+        gate,
+        gate_slope,
+        gate_offset,
+        apply,
+        gain,
+        "identity" if out_act is None else out_act,
     )
-    _check_map("squeeze_excite", x)
-    _check_options("squeeze_excite", options)
-    _check_mlp("squeeze_excite", x, src, w1, b1, w2, b2, act_weight, options)
-    _check_epilogue("squeeze_excite", x, residual, drop_path)
-    if w1 is None and src is None:
-        raise ValueError(
-            "squeeze_excite: src must be given when w1 is None, got neither"
-        )
-    y, logits = _run(
-        "squeeze_excite", impl, options, x, src, w1, b1, w2, b2, act_weight, residual, drop_path
-    )
+    tensors = (x, src, w1, b1, w2, b2, act_weight, residual, drop_path)
+    y, logits = _run("squeeze_excite", impl, options, tensors)
     if return_gate:
         return y, reference.gate_of(logits, x.shape[1], options).to(x.dtype)
     return y
@@ -326,13 +325,16 @@ def excite(
     True
     """
     options = Options(
-        "identity", 0.0, gate, gate_slope, gate_offset, apply, gain, "identity" if out_act is None else out_act
+        "identity",
+        0.0,
+        gate,
+        gate_slope,
+        gate_offset,
+        apply,
+        gain,
+        "identity" if out_act is None else out_act,
     )
-    _check_map("excite", x)
-    _check_options("excite", options)
-    _check_mlp("excite", x, logits, None, None, None, None, None, options, src_name="logits")
-    _check_epilogue("excite", x, residual, drop_path)
-    return _run("excite", impl, options, x, logits, *(None,) * 5, residual, drop_path)[0]
+    return _run("excite", impl, options, (x, logits, *(None,) * 5, residual, drop_path))[0]
 
 
 def squeeze(x: Tensor, *, impl: str = "auto") -> Tensor:
@@ -344,7 +346,7 @@ def squeeze(x: Tensor, *, impl: str = "auto") -> Tensor:
     torch.Size([2, 8])
     """
     _check_map("squeeze", x)
-    impl = select("squeeze", impl, x.device, x.dtype)
+    impl = _select.select("squeeze", impl, x.device, x.dtype)
     if impl == "reference":
         return reference.squeeze(x)
     x = _layout.as_readable(x)
@@ -353,19 +355,22 @@ def squeeze(x: Tensor, *, impl: str = "auto") -> Tensor:
     return squeeze_fwd[impl](x)
 
 
-def _run(op: str, impl: str, options: Options, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-    """Select, normalise the small tensors and layouts, and call the implementation."""
+def _run(
+    op: str, impl: str, options: Options, tensors: tuple[Tensor | None, ...]
+) -> tuple[Tensor, Tensor]:
+    """Check, select, normalise the small tensors and layouts, and call the implementation."""
+    impl, options = _admit(op, impl, options, tensors)
     x, src, w1, b1, w2, b2, act_weight, residual, drop_path = tensors
     assert x is not None
-    impl = select(op, impl, x.device, x.dtype)
-    acc = accumulation_dtype(x.dtype)
     if src is not None:
-        src = src.flatten(1).to(acc).contiguous()
+        src = src.flatten(1).to(accumulation_dtype(x.dtype)).contiguous()
     if drop_path is not None:
-        drop_path = drop_path.flatten().to(acc).contiguous()
-    tensors = (x, src, w1, b1, w2, b2, act_weight, residual, drop_path)
+        drop_path = drop_path.flatten().to(accumulation_dtype(x.dtype)).contiguous()
     if impl == "reference":
-        return reference.forward(*tensors, options)  # type: ignore[arg-type]
+        with _full_precision(x):
+            return reference.forward(
+                x, src, w1, b1, w2, b2, act_weight, residual, drop_path, options
+            )
     x = _layout.as_readable(x)
     if residual is not None:
         residual = _layout.like(residual, x)
@@ -380,16 +385,63 @@ def _run(op: str, impl: str, options: Options, *tensors: Tensor | None) -> tuple
     return y, logits
 
 
+def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[None]:
+    """Keeps autocast out of the reference: everything of size [B, C] is in float32 as in the kernels."""
+    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
+        return torch.autocast(x.device.type, enabled=False)
+    return contextlib.nullcontext()
+
+
 # ------------------------------------------------------------------ user checks
+
+_admitted: dict[Any, tuple[str, Options]] = {}
+"""Calls that passed every check, by all the metadata the checks read."""
+
+
+def _admit(
+    op: str, impl: str, options: Options, tensors: tuple[Tensor | None, ...]
+) -> tuple[str, Options]:
+    """The implementation and the options of a call, or the user's error.
+
+    The checks cost 7 us a call, a look-up of their last verdict 3.
+    """
+    if torch.compiler.is_compiling() or _select.transforming():
+        return _check(op, impl, options, tensors)
+    try:
+        key = (
+            op,
+            _select.requested(impl),
+            options,
+            *(None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors),
+        )
+        verdict = _admitted.get(key)
+    except (AttributeError, TypeError):  # not tensors, or sizes that are symbols
+        return _check(op, impl, options, tensors)
+    if verdict is None:
+        impl, options = _check(op, impl, options, tensors)
+        numbers = ("act_slope", "gate_slope", "gate_offset", "gain")
+        verdict = (impl, options._replace(**{n: float(getattr(options, n)) for n in numbers}))
+        if len(_admitted) >= 1024:
+            _admitted.clear()
+        _admitted[key] = verdict
+    return verdict
+
+
+def _check(op: str, impl: str, options: Options, tensors: tuple[Any, ...]) -> tuple[str, Options]:
+    x, src, w1, b1, w2, b2, act_weight, residual, drop_path = tensors
+    _check_map(op, x)
+    _check_options(op, options)
+    _check_mlp(op, x, src, w1, b1, w2, b2, act_weight, options)
+    _check_epilogue(op, x, residual, drop_path)
+    return _select.select(op, impl, x.device, x.dtype), options
 
 
 def _check_map(op: str, x: Any) -> None:
     _checks.tensor(op, "x", x)
+    _checks.strided(op, "x", x)
     _checks.dtype(op, "x", x, DTYPES)
     if not 3 <= x.dim() <= 5:
         _checks.fail(op, "x", "have shape [B, C, *spatial] with 1 to 3 spatial dims", list(x.shape))
-    if x.layout != torch.strided:
-        _checks.fail(op, "x", "be a strided tensor", x.layout)
     for axis, size in enumerate(x.shape[1:], 1):
         if size == 0:
             _checks.fail(op, "x", f"have at least one element along dim {axis}", list(x.shape))
@@ -416,8 +468,8 @@ def _check_mlp(
     b2: Any,
     act_weight: Any,
     o: Options,
-    src_name: str = "src",
 ) -> None:
+    src_name = "logits" if op == "excite" else "src"
     channels = x.shape[1]
     width = _logits_width(channels, o.apply)
     if w1 is None:
@@ -426,15 +478,22 @@ def _check_mlp(
                 _checks.fail(op, name, "be None when w1 is None", "a tensor")
     if w2 is None and b2 is not None:
         _checks.fail(op, "b2", "be None when w2 is None", "a tensor")
+    if o.act == "prelu" and w2 is None:
+        _checks.fail(op, "w2", 'be given when act="prelu", which acts on the hidden layer', None)
     if (o.act == "prelu") != (act_weight is not None):
         _checks.fail(
-            op, "act_weight", 'be given exactly when act="prelu"', f"act={o.act!r} and {type(act_weight).__name__}"
+            op,
+            "act_weight",
+            'be given exactly when act="prelu"',
+            f"act={o.act!r} and {type(act_weight).__name__}",
         )
     if src is not None:
         _check_small(op, src_name, src, x, (x.dtype, torch.float32))
         inputs = width if w1 is None else channels
         if src.shape[:2] != (x.shape[0], inputs) or src.numel() != x.shape[0] * inputs:
             _checks.fail(op, src_name, f"have shape [B={x.shape[0]}, {inputs}]", list(src.shape))
+    elif w1 is None:
+        _checks.fail(op, src_name, "be given when w1 is None", None)
     if w1 is None:
         return
     weights = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "act_weight": act_weight}
@@ -445,16 +504,25 @@ def _check_mlp(
                 _checks.fail(op, name, f"have the dtype of w1 ({w1.dtype})", value.dtype)
     hidden = width if w2 is None else w1.shape[0] if w1.dim() else 0
     rows = {"w1": (hidden, channels), "w2": (width, hidden)}
-    symbols = {"w1": ("R", "C"), "w2": ("2C" if o.apply == "scale_shift" else "C", "R")}
+    wide = "2C" if o.apply == "scale_shift" else "C"
+    symbols = {"w1": (wide if w2 is None else "R", "C"), "w2": (wide, "R")}
     for name, (out, inner) in rows.items():
         value = weights[name]
         if value is None:
             continue
-        if value.dim() < 2 or tuple(value.shape[:2]) != (out, inner) or math.prod(value.shape[2:]) != 1 or 0 in value.shape:
+        if (
+            value.dim() < 2
+            or tuple(value.shape[:2]) != (out, inner)
+            or math.prod(value.shape[2:]) != 1
+            or 0 in value.shape
+        ):
             free = name == "w1" and w2 is not None
             left = "R" if free else f"{symbols[name][0]}={out}"
             _checks.fail(
-                op, name, f"have shape [{left}, {symbols[name][1]}={inner}] (and trailing ones)", list(value.shape)
+                op,
+                name,
+                f"have shape [{left}, {symbols[name][1]}={inner}] (and trailing ones)",
+                list(value.shape),
             )
     for name, size in (("b1", hidden), ("b2", width)):
         value = weights[name]
@@ -464,8 +532,11 @@ def _check_mlp(
         _checks.fail(op, "act_weight", f"have shape [1] or [R={hidden}]", list(act_weight.shape))
 
 
-def _check_small(op: str, name: str, value: Any, x: Tensor, dtypes: tuple[torch.dtype, ...]) -> None:
+def _check_small(
+    op: str, name: str, value: Any, x: Tensor, dtypes: tuple[torch.dtype, ...]
+) -> None:
     _checks.tensor(op, name, value)
+    _checks.strided(op, name, value)
     _checks.dtype(op, name, value, dtypes)
     _checks.device(op, name, value, x)
 
@@ -474,8 +545,14 @@ def _check_epilogue(op: str, x: Tensor, residual: Any, drop_path: Any) -> None:
     if residual is not None:
         _check_small(op, "residual", residual, x, (x.dtype,))
         if residual.shape != x.shape:
-            _checks.fail(op, "residual", f"have the shape of x {list(x.shape)}", list(residual.shape))
+            _checks.fail(
+                op, "residual", f"have the shape of x {list(x.shape)}", list(residual.shape)
+            )
     if drop_path is not None:
         _check_small(op, "drop_path", drop_path, x, (x.dtype, torch.float32))
-        if drop_path.dim() == 0 or drop_path.shape[0] != x.shape[0] or drop_path.numel() != x.shape[0]:
+        if (
+            drop_path.dim() == 0
+            or drop_path.shape[0] != x.shape[0]
+            or drop_path.numel() != x.shape[0]
+        ):
             _checks.fail(op, "drop_path", f"have shape [B={x.shape[0]}]", list(drop_path.shape))
