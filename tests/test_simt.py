@@ -1,6 +1,7 @@
 """The CUDA kernels' source, compiled by g++ and executed by the emulator of tests/simt.
 
-First the emulator itself: every primitive computes what it should, and every planted fault is reported.
+First the emulator itself: every primitive computes what it should, and every planted fault is
+reported.  Then the operators' kernels: every case with every strategy, outputs and gradients.
 """
 
 import ctypes
@@ -11,11 +12,14 @@ from pathlib import Path
 import pytest
 import torch
 import torch.nn.functional as F
+from conftest import CALLS
 
-from attnkern.ops.squeeze_excite import reference
+from attnkern import _select, testing
+from attnkern.ops.squeeze_excite import op, reference
 
 sys.path.insert(0, str(Path(__file__).parent / "simt"))
 import run as simt
+from squeeze_excite import STRATEGIES, Emulated
 
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no g++ in CXX or on PATH")
 
@@ -35,10 +39,24 @@ def primitives():
 
 
 CASES = (
-    *("block_barrier", "warp_barrier", "scratch_reuse", "shared_bounds", "shared_slice", "shared_size"),
+    *(
+        "block_barrier",
+        "warp_barrier",
+        "scratch_reuse",
+        "shared_bounds",
+        "shared_slice",
+        "shared_size",
+    ),
     *("global_bounds", "global_below", "shared_uninitialised", "global_uninitialised", "alignment"),
     *("global_race", "cluster_sum", "cluster_rounds", "cluster_first", "cluster_split_barrier"),
-    *("async_copy", "async_exit", "bulk_copy", "shuffle_exit", "warp_divergence", "barrier_divergence"),
+    *(
+        "async_copy",
+        "async_exit",
+        "bulk_copy",
+        "shuffle_exit",
+        "warp_divergence",
+        "barrier_divergence",
+    ),
     *("barrier_exit", "ticket", "chain", "cooperative", "livelock", "values"),
 )
 
@@ -55,7 +73,9 @@ def test_clean_kernels_pass_and_planted_faults_are_reported(primitives, name):
         assert report == "", f"seed {seed}: the clean kernel is reported: {report}"
         for fault in range(1, primitives.case_faults(case) + 1):
             report = primitives.case_run(case, fault, ctypes.c_uint64(seed)).decode()
-            assert primitives.case_expected(case, fault).decode() in report, f"seed {seed}, fault {fault}: {report!r}"
+            assert primitives.case_expected(case, fault).decode() in report, (
+                f"seed {seed}, fault {fault}: {report!r}"
+            )
 
 
 KINKS = (-6.0, -3.0, -1.0, -0.0, 0.0, 1.0, 3.0, 6.0, 20.0, 88.0, -88.0, -104.0, 1e30, -1e30)
@@ -70,7 +90,10 @@ GATES = ("identity", "sigmoid", "hard_sigmoid", "relu", "tanh")
 
 
 def _check_values(compute, formula):
-    """Each point within twice eager's error nearby (its own may be luck) plus a rounding: no large value excuses a small one."""
+    """Each point within twice eager's error nearby (its own may be luck) plus a rounding.
+
+    No large value excuses a small one.
+    """
     x = torch.tensor(POINTS).sort().values  # NaN last
     got = torch.tensor([compute(ctypes.c_float(v)) for v in x.tolist()])
     eager, oracle = formula(x), formula(x.double())
@@ -78,12 +101,16 @@ def _check_values(compute, formula):
     assert torch.equal(got[~finite].double().nan_to_num(0.5), oracle[~finite].nan_to_num(0.5))
     got, eager, oracle, x = got[finite].double(), eager[finite].double(), oracle[finite], x[finite]
     nearby = F.max_pool1d((eager - oracle).abs()[None], 21, 1, 10)[0]
-    band = torch.finfo(torch.float32).eps * oracle.abs() + torch.finfo(torch.float32).smallest_normal
+    band = (
+        torch.finfo(torch.float32).eps * oracle.abs() + torch.finfo(torch.float32).smallest_normal
+    )
     worse = (got - oracle).abs() > 2 * (nearby + band)
-    assert not worse.any(), [*zip(x[worse].tolist(), got[worse].tolist(), oracle[worse].tolist(), strict=True)]
+    assert not worse.any(), [
+        *zip(x[worse].tolist(), got[worse].tolist(), oracle[worse].tolist(), strict=True)
+    ]
 
 
-@pytest.mark.parametrize("derivative", (0, 1), ids=("value", "derivative"))
+@pytest.mark.parametrize("derivative", [0, 1], ids=("value", "derivative"))
 @pytest.mark.parametrize("act", reference.ACTS)
 def test_activations_are_torchs(primitives, act, derivative):
     slope = 0.25
@@ -91,19 +118,23 @@ def test_activations_are_torchs(primitives, act, derivative):
     function = reference.activation_grad if derivative else reference.activation
 
     def compute(x):
-        return primitives.activation_of(reference.ACTS.index(act), derivative, x, ctypes.c_float(slope))
+        return primitives.activation_of(
+            reference.ACTS.index(act), derivative, x, ctypes.c_float(slope)
+        )
 
     _check_values(compute, lambda x: function(x, act, slope, weight))
 
 
-@pytest.mark.parametrize("derivative", (0, 1), ids=("value", "derivative"))
+@pytest.mark.parametrize("derivative", [0, 1], ids=("value", "derivative"))
 @pytest.mark.parametrize("gate", GATES)
 def test_gates_are_torchs(primitives, gate, derivative):
     slope, offset = 0.25, 0.5
     function = reference.gate_grad if derivative else reference.gate_value
 
     def compute(x):
-        return primitives.gate_of(GATES.index(gate), derivative, x, ctypes.c_float(slope), ctypes.c_float(offset))
+        return primitives.gate_of(
+            GATES.index(gate), derivative, x, ctypes.c_float(slope), ctypes.c_float(offset)
+        )
 
     _check_values(compute, lambda x: function(x, gate, slope, offset))
 
@@ -115,7 +146,7 @@ def test_the_mask_bit_is_the_derivative_and_true_at_nan(primitives, act):
         assert primitives.mask_of(reference.ACTS.index(act), ctypes.c_float(x)) == int(want), x
 
 
-@pytest.mark.parametrize("kind", ("half", "bfloat"))
+@pytest.mark.parametrize("kind", ["half", "bfloat"])
 def test_software_half_precision_rounds_as_torch(primitives, kind):
     dtype = {"half": torch.float16, "bfloat": torch.bfloat16}[kind]
     bits = torch.arange(-(2**15), 2**15, dtype=torch.int32).to(torch.int16)
@@ -125,8 +156,56 @@ def test_software_half_precision_rounds_as_torch(primitives, kind):
     # each value, the midpoint to its neighbour (a tie) and both sides of the midpoint
     finite = values[values.isfinite()].sort().values.unique()
     middle = ((finite[1:].double() + finite[:-1].double()) / 2).float()
-    probes = torch.cat([finite, middle, middle.nextafter(middle + 1e30), middle.nextafter(middle - 1e30)])
+    probes = torch.cat(
+        [finite, middle, middle.nextafter(middle + 1e30), middle.nextafter(middle - 1e30)]
+    )
     largest = torch.finfo(dtype).max
-    probes = torch.cat([probes, torch.tensor([largest * 1.0005, largest, math.inf, -math.inf, 1e-30])])[::3]
-    narrowed = torch.tensor([getattr(primitives, f"to_{kind}")(ctypes.c_float(x)) for x in probes.tolist()])
-    assert torch.equal(narrowed.to(torch.int32), probes.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF)
+    probes = torch.cat(
+        [probes, torch.tensor([largest * 1.0005, largest, math.inf, -math.inf, 1e-30])]
+    )[::3]
+    narrowed = torch.tensor(
+        [getattr(primitives, f"to_{kind}")(ctypes.c_float(x)) for x in probes.tolist()]
+    )
+    assert torch.equal(
+        narrowed.to(torch.int32), probes.to(dtype).view(torch.int16).to(torch.int32) & 0xFFFF
+    )
+
+
+# ------------------------------------------------------------------ the operators' kernels
+
+
+@pytest.fixture(scope="module")
+def emulated():
+    return Emulated.build()
+
+
+@pytest.fixture
+def native(emulated, monkeypatch):
+    """``impl="native"`` on the CPU is the CUDA kernels on the emulator."""
+    monkeypatch.setattr(_select, "refuse", lambda *_: None)
+    monkeypatch.setitem(op.squeeze_excite_fwd, "native", emulated.forward)
+    monkeypatch.setitem(op.squeeze_excite_bwd, "native", emulated.backward)
+    monkeypatch.setitem(op.squeeze_fwd, "native", emulated.squeeze)
+    emulated.force, emulated.plans = {}, []
+    emulated.device.configure()
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # eager on these sizes: 2 threads take 5 times as long as one
+    yield emulated
+    torch.set_num_threads(threads)
+
+
+def _force(emulated, strategy, **rest):
+    emulated.force = {"strategy": STRATEGIES.index(strategy), **rest}
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_every_case_with_every_strategy(native, call, strategy, channels_last):
+    # seed and dtype turn with the case, so that all of them meet all strategies
+    index = CALLS.index(call) + STRATEGIES.index(strategy) + channels_last
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[index % 3]
+    native.device.configure(seed=index)
+    _force(native, strategy)
+    tensors = call.case.inputs(dtype, channels_last=channels_last)
+    testing.compare(call.spec, call.case, tensors, impl="native")

@@ -23,6 +23,7 @@
 
 #define ATTNKERN_KERNEL(max_threads, min_blocks) [[maybe_unused]] static void
 #define ATTNKERN_DEVICE inline
+#define ATTNKERN_DEVICE_CALL inline
 #define ATTNKERN_HOST_DEVICE inline
 #define ATTNKERN_GRID_CONSTANT
 
@@ -43,6 +44,7 @@ struct Cell {
   uint32_t read_tick[2], read_thread[2];  // the last two readers that differ
   uint16_t write_site, read_site;
   bool initialised, pending;  // pending: an asynchronous copy owns it
+  uint16_t unused;            // no padding: cells are compared as bytes
 };
 
 using Clock = std::unordered_map<uint64_t, uint32_t>;  // block, thread or copy engine -> tick before which all is visible

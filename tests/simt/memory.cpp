@@ -66,43 +66,48 @@ std::string by(uint32_t id, uint16_t site) {
 }
 
 void check_unordered(const Cell& cell, bool write, const char* memory, Site site) {
-  const std::string now = std::string(write ? "write" : "read") + " of " + memory + " memory";
-  if (cell.write_tick && !ordered(cell.write_tick, cell.write_thread))
-    fault("race: " + now + " unordered with the write by " + by(cell.write_thread, cell.write_site), site);
+  const auto race = [&](const char* other, uint32_t id, uint16_t where) {
+    fault("race: " + std::string(write ? "write" : "read") + " of " + memory + " memory unordered with the " + other + " by " +
+              by(id, where),
+          site);
+  };
+  if (!ordered(cell.write_tick, cell.write_thread)) race("write", cell.write_thread, cell.write_site);
   if (!write) return;
   for (int i = 0; i < 2; ++i)
-    if (cell.read_tick[i] && !ordered(cell.read_tick[i], cell.read_thread[i]))
-      fault("race: " + now + " unordered with the read by " + by(cell.read_thread[i], cell.read_site), site);
+    if (!ordered(cell.read_tick[i], cell.read_thread[i])) race("read", cell.read_thread[i], cell.read_site);
+}
+
+// One byte's check and record.
+void touch(Cell& cell, bool write, const char* memory, uint16_t where, Site site) {
+  if (cell.pending)
+    fault(std::string(write ? "write to" : "read of") + " shared memory while an asynchronous copy writes it: the wait is missing", site);
+  if (!write && !cell.initialised) fault(std::string("read of uninitialised ") + memory + " memory", site);
+  check_unordered(cell, write, memory, site);
+  if (write) {
+    cell.write_tick = engine.tick;
+    cell.write_thread = self->id;
+    cell.write_site = where;
+    cell.initialised = true;
+    return;
+  }
+  if (cell.read_thread[0] != self->id) {
+    cell.read_thread[1] = cell.read_thread[0];
+    cell.read_tick[1] = cell.read_tick[0];
+    cell.read_thread[0] = self->id;
+  }
+  cell.read_tick[0] = engine.tick;
+  cell.read_site = where;
 }
 
 void touch(Cell* cells, size_t count, bool write, const char* memory, Site site) {
   const uint16_t where = site_id(site);
-  const uint32_t tick = engine.tick, thread = self->id;
-  for (size_t i = 0; i < count; ++i) {
-    Cell& cell = cells[i];
-    if (cell.pending)
-      fault(std::string(write ? "write to" : "read of") + " shared memory while an asynchronous copy writes it: the wait is missing", site);
-    if (!write && !cell.initialised) fault(std::string("read of uninitialised ") + memory + " memory", site);
-    // the thread's own last access again: nothing new to check
-    const bool own_write = cell.write_thread == thread || cell.write_tick < engine.launch_tick;
-    const bool own_read = cell.read_thread[0] == thread && cell.read_tick[1] < engine.launch_tick;
-    const bool read_free = own_read || (cell.read_tick[0] < engine.launch_tick && cell.read_tick[1] < engine.launch_tick);
-    if (!own_write || (write && !read_free)) check_unordered(cell, write, memory, site);
-    if (write) {
-      cell.write_tick = tick;
-      cell.write_thread = thread;
-      cell.write_site = where;
-      cell.initialised = true;
-    } else {
-      if (cell.read_thread[0] != thread) {
-        cell.read_thread[1] = cell.read_thread[0];
-        cell.read_tick[1] = cell.read_tick[0];
-        cell.read_thread[0] = thread;
-      }
-      cell.read_tick[0] = tick;
-      cell.read_site = where;
-    }
-  }
+  const Cell before = cells[0];
+  touch(cells[0], write, memory, where, site);
+  for (size_t i = 1; i < count; ++i)
+    if (std::memcmp(&cells[i], &before, sizeof(Cell)) == 0)  // the bytes of a word have one history: checked already
+      cells[i] = cells[0];
+    else
+      touch(cells[i], write, memory, where, site);
 }
 
 // The allocation whose memory or red zones hold the address, and the address's offset in it (negative before it).
@@ -282,7 +287,7 @@ Cell* host_cells(const void* memory, size_t bytes) {
 }
 
 void mark_initialised(Cell* cells, size_t bytes) {
-  for (size_t i = 0; i < bytes; ++i) cells[i] = {0, 0, {0, 0}, {0, 0}, 0, 0, true, false};
+  for (size_t i = 0; i < bytes; ++i) cells[i] = {0, 0, {0, 0}, {0, 0}, 0, 0, true, false, 0};
 }
 
 }  // namespace

@@ -1,0 +1,210 @@
+"""Squeeze-and-excitation's CUDA launchers on the emulator, as its torch operators.
+
+What register.cpp does for the device: tensors -> the structs of params.h -> the launcher.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import run as simt
+import torch
+from torch import Tensor
+
+from attnkern import _layout
+from attnkern.ops.squeeze_excite.reference import Options, accumulation_dtype
+
+SOURCES = (
+    "tests/simt/squeeze_excite.cpp",
+    *(f"csrc/ops/squeeze_excite/{name}" for name in ("forward.cu", "backward.cu", "plan.cpp")),
+)
+STRATEGIES = ("resident", "chunked", "streaming", "batched")
+# the order of the enumerators in csrc
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+_ACTS = ["identity", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "mish", "prelu"]
+_GATES = ["identity", "sigmoid", "hard_sigmoid", "relu", "tanh"]
+_APPLIES = ["scale", "scale1p", "scale_shift", "shift"]
+
+_p, _i, _l, _d = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
+
+
+def _struct(name: str, fields: str, base: type = ctypes.Structure, **types: Any) -> Any:
+    """``fields`` are ``name:type`` words, a pointer where the type is missing."""
+    kinds = {"": _p, "i": _i, "l": _l, "d": _d, **types}
+    pairs = (word.partition(":") for word in fields.split())
+    return type(name, (base,), {"_fields_": [(word, kinds[kind]) for word, _, kind in pairs]})
+
+
+Map = _struct("Map", "data stride_batch:l stride_row:l")
+_Sizes = _struct("_Sizes", "batch:l channels:l length:l hidden:l width:l")
+_Options = _struct(
+    "_Options", "act:i act_slope:d gate:i gate_slope:d gate_offset:d apply:i gain:d out_act:i"
+)
+_Inputs = _struct(
+    "_Inputs",
+    "dtype:i weight_dtype:i layout:i sizes:s options:o x:m src w1 b1 w2 b2 act_weight "
+    "act_weight_stride:l residual:m drop_path",
+    s=_Sizes,
+    o=_Options,
+    m=Map,
+)
+ForwardParams = _struct("ForwardParams", "y:m mean hidden logits mask workspace", _Inputs, m=Map)
+BackwardParams = _struct(
+    "BackwardParams",
+    "dy:m dlogits mean hidden logits mask dx:m dsrc dw1 db1 dw2 db2 dact_weight "
+    "dresidual:m ddrop_path workspace",
+    _Inputs,
+    m=Map,
+)
+Force = _struct("Force", "strategy:i cluster:i threads:i chunk:l")
+
+
+@dataclass
+class Emulated:
+    """The operator on the emulated device.
+
+    ``force`` are the fields of plan.h's Force; None calls the launchers of params.h, which plan by
+    themselves.  ``plans`` lists what ran.
+    """
+
+    library: ctypes.CDLL
+    device: simt.Device
+    force: dict[str, int] | None = field(default_factory=dict)
+    plans: list[dict[str, int]] = field(default_factory=list)
+
+    @classmethod
+    def build(cls) -> Emulated:
+        library = simt.build("squeeze_excite", *SOURCES)
+        for name in ("forward", "backward", "squeeze", "public_forward", "public_backward"):
+            getattr(library, f"se_{name}").restype = ctypes.c_char_p
+        sizes = (ctypes.c_size_t * 3)()
+        library.se_sizes(sizes)
+        mirrors = [ctypes.sizeof(s) for s in (ForwardParams, BackwardParams, Force)]
+        assert list(sizes) == mirrors, "the structs here no longer mirror params.h and plan.h"
+        return cls(library, simt.Device(library))
+
+    # ---- the torch operators
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        tensors, options, save_mask = arguments[:9], Options(*arguments[9:17]), arguments[17]
+        x, src, w1, w2 = tensors[0], tensors[1], tensors[2], tensors[4]
+        p = ForwardParams()
+        self._fill(p, tensors, options)
+        s = p.sizes
+        small = torch.empty(0, dtype=accumulation_dtype(x.dtype))
+        mean = small.new_empty(s.batch, s.channels) if src is None else small
+        hidden = small if w1 is None or w2 is None else small.new_empty(s.batch, s.hidden)
+        columns = s.channels if p.layout else s.length
+        rows = s.batch * s.channels * s.length // columns
+        mask = torch.empty((rows, (columns + 7) // 8) if save_mask else 0, dtype=torch.uint8)
+        outputs = (torch.empty_like(x), mean, hidden, small.new_empty(s.batch, s.width), mask)
+        self._call(
+            "forward", p, dict(zip(("y", "mean", "hidden", "logits", "mask"), outputs, strict=True))
+        )
+        return outputs
+
+    def backward(self, dy: Tensor, dlogits: Tensor | None, *rest: Any) -> tuple[Tensor, ...]:
+        tensors, saved, options = rest[:9], rest[9:13], Options(*rest[13:21])
+        need_dx, need_dw, need_dresidual = rest[21:]
+        p = BackwardParams()
+        self._fill(p, tensors, options)
+        p.dy = self._map(dy, "dy", p.layout)
+        p.dlogits = self._upload(dlogits, "dlogits")
+        for name, t in zip(("mean", "hidden", "logits", "mask"), saved, strict=True):
+            setattr(p, name, self._upload(t, name))
+        x, src, w1, b1, w2, b2, act_weight, _, drop_path = tensors
+        wanted = {
+            "dx": x if need_dx else None,
+            "dsrc": src,
+            **{
+                f"d{name}": t if need_dw else None
+                for name, t in zip(
+                    ("w1", "b1", "w2", "b2", "act_weight"),
+                    (w1, b1, w2, b2, act_weight),
+                    strict=True,
+                )
+            },
+            "dresidual": x if need_dresidual else None,
+            "ddrop_path": drop_path,
+        }
+        outputs = {
+            name: x.new_empty(0) if t is None else torch.empty_like(t) for name, t in wanted.items()
+        }
+        self._call("backward", p, outputs)
+        return tuple(outputs.values())
+
+    def squeeze(self, x: Tensor) -> Tensor:
+        p = ForwardParams()
+        self._fill(p, (x, *(None,) * 8), Options())
+        mean = torch.empty(x.shape[:2], dtype=accumulation_dtype(x.dtype))
+        self._call("squeeze", p, {"mean": mean})
+        return mean
+
+    # ---- tensors to device memory and back
+
+    def _upload(self, t: Tensor | None, name: str) -> int | None:
+        return None if t is None or t.numel() == 0 else self.device.upload(t, name)
+
+    def _map(self, t: Tensor, name: str, channels_last: int) -> Any:
+        return Map(self._upload(t, name), t.stride(0), self._row(t, channels_last))
+
+    @staticmethod
+    def _row(t: Tensor, channels_last: int) -> int:
+        if not channels_last:
+            return t.stride(1)
+        strides = [s for n, s in zip(t.shape[2:], t.stride()[2:], strict=True) if n != 1]
+        return strides[-1] if strides else t.shape[1]
+
+    def _fill(self, p: Any, tensors: tuple[Tensor | None, ...], o: Options) -> None:
+        x, src, w1, b1, w2, b2, act_weight, residual, drop_path = tensors
+        assert x is not None
+        channels = x.shape[1]
+        p.dtype = _DTYPES.index(x.dtype)
+        p.weight_dtype = _DTYPES.index(accumulation_dtype(x.dtype) if w1 is None else w1.dtype)
+        p.layout = int(_layout.is_channels_last(x))
+        width = 2 * channels if o.apply == "scale_shift" else channels
+        hidden = w1.shape[0] if w1 is not None and w2 is not None else 0
+        p.sizes = _Sizes(x.shape[0], channels, x[0, 0].numel() if len(x) else 1, hidden, width)
+        p.options = _Options(
+            *(_ACTS.index(o.act), o.act_slope, _GATES.index(o.gate), o.gate_slope, o.gate_offset),
+            *(_APPLIES.index(o.apply), o.gain, _ACTS.index(o.out_act)),
+        )
+        p.x = self._map(x, "x", p.layout)
+        if residual is not None:
+            p.residual = self._map(residual, "residual", p.layout)
+        p.act_weight_stride = int(act_weight is not None and act_weight.numel() > 1)
+        small = {"src": src, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
+        for name, t in {**small, "act_weight": act_weight, "drop_path": drop_path}.items():
+            setattr(p, name, self._upload(t, name))
+
+    def _call(self, direction: str, p: Any, outputs: dict[str, Tensor]) -> None:
+        addresses = {
+            name: self.device.empty(t.numel() * t.element_size(), name)
+            for name, t in outputs.items()
+            if t.numel()
+        }
+        for name, address in addresses.items():
+            t = outputs[name]
+            is_map = name in ("y", "dx", "dresidual")
+            place = Map(address, t.stride(0), self._row(t, p.layout)) if is_map else address
+            setattr(p, name, place)
+        plan = (_l * 6)()
+        if direction == "squeeze":
+            message = self.library.se_squeeze(ctypes.byref(p))
+        elif self.force is None:
+            message = getattr(self.library, f"se_public_{direction}")(ctypes.byref(p))
+        else:
+            force = Force(**{"strategy": -1, **self.force})
+            launcher: Callable[..., Any] = getattr(self.library, f"se_{direction}")
+            message = launcher(ctypes.byref(p), ctypes.byref(force), plan)
+            names = ("strategy", "cluster", "threads", "vector", "pieces", "grid")
+            self.plans.append(dict(zip(names, plan, strict=True)))
+        try:
+            assert message is None, f"squeeze_excite {direction}: {message.decode()}"
+            for name, address in addresses.items():
+                self.device.download(outputs[name], address, name)
+        finally:
+            self.device.release()
