@@ -176,7 +176,7 @@ ATTNKERN_DEVICE_CALL void write_scaling(
   for (int i = thread_index(); i < count; i += block_size()) {
     const Scaling st = scaling(p.options, z(first + i, 0), shifts ? z(first + i, 1) : 0.0f);
     s.a.store(i, scale * st.s);
-    s.t.store(i, scale * st.t);
+    s.t.store(i, shifts || p.options.apply == Apply::shift ? scale * st.t : -0.0f);  // a x + -0 is a x, also at x = -0
   }
 }
 
