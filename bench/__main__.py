@@ -32,23 +32,35 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         prog="python -m bench",
         description="Is attnkern right on this machine, how fast is it, and against what.",
     )
-    p.add_argument("--full", action="store_true", help="every row, every torch.compile, larger batches")
+    p.add_argument(
+        "--full", action="store_true", help="every row, every torch.compile, larger batches"
+    )
     p.add_argument("--only", choices=("kernel", "models"), help="one half of it")
     p.add_argument("--op", help="rows of this operator alone")
     p.add_argument("--match", default="", help="rows whose key contains this (see --list)")
-    p.add_argument("--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="rows of this dtype alone")
+    p.add_argument(
+        "--dtype", choices=("fp32", "bf16", "fp16", "fp64"), help="rows of this dtype alone"
+    )
     p.add_argument("--pass", dest="which", choices=("forward", "training"), help="one pass alone")
-    p.add_argument("--impl", help="implementations, comma-separated (default: all that can run here)")
-    p.add_argument("--gpu", action="store_true", help="the GPU rows, all of them; an error without a GPU")
+    p.add_argument(
+        "--impl", help="implementations, comma-separated (default: all that can run here)"
+    )
+    p.add_argument(
+        "--gpu", action="store_true", help="the GPU rows, all of them; an error without a GPU"
+    )
     p.add_argument("--cpu", action="store_true", help="the CPU rows, even where there is a GPU")
     p.add_argument("--threads", type=int, help="CPU threads (default: all)")
     p.add_argument("--seconds", type=float, default=1.5, help="of timing per row (default 1.5)")
     p.add_argument("--no-compile", action="store_true", help="leave the torch.compile columns out")
-    p.add_argument("--repeats", type=int, default=1, help="separate processes, merged; published figures: 3")
+    p.add_argument(
+        "--repeats", type=int, default=1, help="separate processes, merged; published figures: 3"
+    )
     p.add_argument("--shard", help="i/n: the i-th of n parts; skips what OUT already holds")
     p.add_argument("--out", type=Path, default=Path("bench/out"), help="folder (default bench/out)")
     p.add_argument("--json", action="store_true", help="write JSON and CSV, no HTML")
-    p.add_argument("--plain", action="store_true", help="plain lines (the default when not a terminal)")
+    p.add_argument(
+        "--plain", action="store_true", help="plain lines (the default when not a terminal)"
+    )
     p.add_argument("--list", action="store_true", help="print the keys that would run, and stop")
     options = p.parse_args(arguments)
     if options.shard:
@@ -205,6 +217,10 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     notes = [remark] if remark else []
     if problem and not options.no_compile:
         notes.append(problem)
+    if about["load"] > 0.5 * about["cores"]:
+        notes.append(
+            f"the machine is busy (load {about['load']:.1f} on {about['cores']} cores): expect noise"
+        )
     settings = {
         "command": shlex.join(["python", "-m", "bench", *arguments]),
         "impls": list(impls),
@@ -238,7 +254,9 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     )
     done = {row["key"] for row in [*found["kernels"], *found["models"]]}
     subjects = [s for s in subjects if any(s.key(w) not in done for w in s.passes if w in passes)]
-    networks = [n for n in networks if not any(k.startswith(f"{n.library}/{n.name}/") for k in done)]
+    networks = [
+        n for n in networks if not any(k.startswith(f"{n.library}/{n.name}/") for k in done)
+    ]
     work: list[tuple[str, Any, Any, Any]] = []
     oracles = Oracles(device)
     if subjects:
@@ -253,16 +271,24 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
                     rows = runner.measure(unit, config, oracles)
                 else:
                     rows = models.measure(unit, config)
+                again = {row["key"] for row in rows}
+                found[section] = [row for row in found[section] if row["key"] not in again]
                 for row in rows:
                     found[section].append(row)
                     screen.row(cells(row), columns, row)
                 results.save(found, path)
-            screen.line(screens.KERNEL_LEGEND if section == "kernels" else screens.MODEL_LEGEND, "dim")
+            screen.line(
+                screens.KERNEL_LEGEND if section == "kernels" else screens.MODEL_LEGEND, "dim"
+            )
     found["settings"]["seconds_total"] = time.perf_counter() - start
-    return finish(options, found, screen, [t for b in benches().values() for t in b.targets[device.type]])
+    return finish(
+        options, found, screen, [t for b in benches().values() for t in b.targets[device.type]]
+    )
 
 
-def finish(options: argparse.Namespace, found: dict[str, Any], screen: Any, targets: list[Any]) -> int:
+def finish(
+    options: argparse.Namespace, found: dict[str, Any], screen: Any, targets: list[Any]
+) -> int:
     from bench import results
 
     screens.summary(screen, found, targets)
@@ -291,7 +317,17 @@ def repeat(options: argparse.Namespace, arguments: list[str]) -> int:
     for i in range(options.repeats):
         screen.line(f"process {i + 1} of {options.repeats}", "bold")
         out = options.out / f"run-{i + 1}"
-        command = [sys.executable, "-m", "bench", *arguments, "--repeats", "1", "--json", "--out", str(out)]
+        command = [
+            sys.executable,
+            "-m",
+            "bench",
+            *arguments,
+            "--repeats",
+            "1",
+            "--json",
+            "--out",
+            str(out),
+        ]
         code = subprocess.run(command, check=False).returncode
         if code not in (0, 1):
             return code
@@ -307,7 +343,9 @@ def repeat(options: argparse.Namespace, arguments: list[str]) -> int:
     for row in found["models"]:
         screen.row(screens.model_cells(row), screens.MODEL, row)
     device = found["machine"]["device"]
-    return finish(options, found, screen, [t for b in benches().values() for t in b.targets[device]])
+    return finish(
+        options, found, screen, [t for b in benches().values() for t in b.targets[device]]
+    )
 
 
 if __name__ == "__main__":

@@ -28,8 +28,11 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_MAX = -1, -2, -4
 def describe(device: torch.device) -> dict[str, Any]:
     info: dict[str, Any] = {
         "cpu": cpu_name(),
-        "cores": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "cores": len(os.sched_getaffinity(0))
+        if hasattr(os, "sched_getaffinity")
+        else os.cpu_count(),
         "threads": torch.get_num_threads(),
+        "load": os.getloadavg()[0] if hasattr(os, "getloadavg") else 0.0,
         "isa": _native._C.cpu_isa() if _native._C else None,  # type: ignore[attr-defined]
         "native": "built" if _native.available else _native.reason,
         "llc_bytes": last_level_cache(device),
@@ -65,7 +68,9 @@ def commit() -> str:
     """The commit the figures belong to, marked when tracked files differ from it."""
     git = ["git", "-C", str(ROOT)]
     try:
-        head = subprocess.run([*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True)
+        head = subprocess.run(
+            [*git, "rev-parse", "--short=12", "HEAD"], capture_output=True, text=True
+        )
         # results are outputs: writing them does not change what was measured
         paths = ["--", ".", ":!bench/results"]
         status = [*git, "status", "--porcelain", "--untracked-files=no", *paths]

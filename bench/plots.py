@@ -34,7 +34,9 @@ LAYOUT = {"channels_first": "", "channels_last": " channels_last"}
 def svg(figure: Any) -> str:
     """Inline SVG that loads nothing and names no other host."""
     out = io.StringIO()
-    figure.savefig(out, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None})
+    figure.savefig(
+        out, format="svg", transparent=True, bbox_inches="tight", metadata={"Date": None}
+    )
     plt.close(figure)
     text = out.getvalue()
     text = re.sub(r"<metadata>.*?</metadata>", "", text[text.index("<svg") :], flags=re.S)
@@ -57,7 +59,9 @@ def speedups(rows: list[Mapping[str, Any]], which: str, targets: list[Any]) -> A
             for name, color, shift in (("eager", EAGER, -0.19), ("compile", COMPILE, 0.19)):
                 if name in ratios:
                     axes.barh(i + shift, ratios[name], 0.36, color=color)
-                    axes.text(ratios[name], i + shift, f" {ratios[name]:.2f}", va="center", fontsize=7)
+                    axes.text(
+                        ratios[name], i + shift, f" {ratios[name]:.2f}", va="center", fontsize=7
+                    )
         fp32 = [t for t in targets if t.which == which]
         if fp32:
             axes.axvline(fp32[0].eager, color=EAGER, ls=":", lw=1)
@@ -66,7 +70,9 @@ def speedups(rows: list[Mapping[str, Any]], which: str, targets: list[Any]) -> A
         axes.set_yticks(range(len(rows)), [_label(r) for r in rows])
         axes.invert_yaxis()
         axes.set_xlim(left=0)
-        axes.set_xlabel(f"{which}: times faster than eager (red), torch.compile (blue); dotted: target mean")
+        axes.set_xlabel(
+            f"{which}: times faster than eager (red), torch.compile (blue); dotted: target mean"
+        )
         return figure
 
 
@@ -86,7 +92,9 @@ def roof(rows: list[Mapping[str, Any]]) -> Any:
                     percent = 100 * row["minimum_bytes"] / seconds / 1e9 / row["roof"]["copy_GBps"]
                     points.append((row["minimum_bytes"] / 1e6, percent))
             if points:
-                axes.scatter(*zip(*points, strict=True), c=color, marker=marker, s=36, label=provider)
+                axes.scatter(
+                    *zip(*points, strict=True), c=color, marker=marker, s=36, label=provider
+                )
         axes.axhline(100, color=INK, lw=0.8)
         axes.set_xscale("log")
         axes.set_ylim(bottom=0)
@@ -125,7 +133,9 @@ def networks(rows: list[Mapping[str, Any]]) -> Any:
 
 def memory(rows: list[Mapping[str, Any]]) -> Any:
     """Bars: peak memory of a training call in units of x, ours and eager."""
-    rows = [r for r in rows if r["pass"] != "forward" and r["peak_bytes"].get("eager") and r["ratios"]]
+    rows = [
+        r for r in rows if r["pass"] != "forward" and r["peak_bytes"].get("eager") and r["ratios"]
+    ]
     if not rows:
         return None
     with plt.rc_context(STYLE):
@@ -136,5 +146,7 @@ def memory(rows: list[Mapping[str, Any]]) -> Any:
                     axes.barh(i + shift, size / row["map_bytes"], 0.32, color=color)
         axes.set_yticks(range(len(rows)), [_label(r) for r in rows])
         axes.invert_yaxis()
-        axes.set_xlabel("peak memory of forward+backward beyond its inputs, in sizes of x: ours (green), eager (red)")
+        axes.set_xlabel(
+            "peak memory of forward+backward beyond its inputs, in sizes of x: ours (green), eager (red)"
+        )
         return figure

@@ -73,7 +73,12 @@ def _kernel(row: Mapping[str, Any]) -> dict[str, Any]:
                 }
             )
     ratios = row["ratios"].get("cold", {})
-    return {"row": row, "cells": screen.kernel_cells(row), "detail": detail, "tone": _tone(row, ratios)}
+    return {
+        "row": row,
+        "cells": screen.kernel_cells(row),
+        "detail": detail,
+        "tone": _tone(row, ratios),
+    }
 
 
 def _tone(row: Mapping[str, Any], ratios: Mapping[str, float]) -> str:
@@ -94,16 +99,26 @@ def headlines(results: Mapping[str, Any]) -> list[tuple[str, str]]:
             ]
             if (mean := geomean(rows)) is not None:
                 what = "forward" if which == FORWARD else "forward + backward"
-                found.append((f"{mean:.2f}×", f"{name}, one layer, {what}: mean of {len(rows)} rows, worst {min(rows):.2f}"))
+                found.append(
+                    (
+                        f"{mean:.2f}×",
+                        f"as fast as {name}, one layer, {what}: mean of {len(rows)} rows, worst {min(rows):.2f}",
+                    )
+                )
     wholes = [r["ratios"]["eager"] for r in results["models"] if r["ratios"]]
     if wholes:
         found.append(
             (
                 f"{min(wholes):.2f}–{max(wholes):.2f}×",
-                f"eager, whole networks: {len(wholes)} rows, mean {geomean(wholes):.2f}",
+                f"as fast as eager, whole networks: {len(wholes)} rows, mean {geomean(wholes):.2f}",
             )
         )
     gates = [g for r in (*results["kernels"], *results["models"]) for g in r["gate"].values()]
     good = sum(g["ok"] for g in gates)
-    found.append((f"{good} of {len(gates)}", "gates green: outputs and gradients within twice eager's own error"))
+    found.append(
+        (
+            f"{good} of {len(gates)}",
+            "gates green: outputs and gradients within twice eager's own error",
+        )
+    )
     return found

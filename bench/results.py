@@ -72,7 +72,9 @@ def derive(row: dict[str, Any], copy_GBps: float, cache: int) -> None:
     if ours is None:
         return
     in_memory = row["minimum_bytes"] > 4 * cache
-    copies = [row["times"][n]["cold"]["fastest"] for n in ("copy", "copy, streaming") if n in row["times"]]
+    copies = [
+        row["times"][n]["cold"]["fastest"] for n in ("copy", "copy, streaming") if n in row["times"]
+    ]
     roof = max([2 * row["map_bytes"] / t / 1e9 for t in copies] + [copy_GBps if in_memory else 0.0])
     reached = row["minimum_bytes"] / ours / 1e9
     percent = 100 * reached / roof
@@ -83,7 +85,9 @@ def derive(row: dict[str, Any], copy_GBps: float, cache: int) -> None:
             "that no cache holds: the measurement is wrong, no speed-up is given"
         )
         return
-    row["ratios"] = {mode: ratios for mode in ("cold", "hot", "launched") if (ratios := _ratios(row, mode))}
+    row["ratios"] = {
+        mode: ratios for mode in ("cold", "hot", "launched") if (ratios := _ratios(row, mode))
+    }
 
 
 def _ratios(row: Mapping[str, Any], mode: str) -> dict[str, float]:
@@ -102,7 +106,9 @@ def _ratios(row: Mapping[str, Any], mode: str) -> dict[str, float]:
         "compile": (compiled, ours),
         "in_compile": (compiled, inside),
     }
-    return {n: them / us for n, (them, us) in candidates.items() if them is not None and us is not None}
+    return {
+        n: them / us for n, (them, us) in candidates.items() if them is not None and us is not None
+    }
 
 
 def failures(results: Mapping[str, Any]) -> list[str]:
@@ -131,11 +137,17 @@ def against_targets(results: Mapping[str, Any], targets: Iterable[Target]) -> li
         members = [
             r
             for r in results["kernels"]
-            if r["group"] == target.group and r["pass"] == target.which and r["dtype"] in target.dtypes
+            if r["group"] == target.group
+            and r["pass"] == target.which
+            and r["dtype"] in target.dtypes
         ]
         for baseline, least in (("eager", target.eager), ("compile", target.compile)):
             # single samples on a GPU: eager pays its launches, compile is held in a graph
-            mode = "launched" if baseline == "eager" and any("launched" in r["ratios"] for r in members) else "cold"
+            mode = (
+                "launched"
+                if baseline == "eager" and any("launched" in r["ratios"] for r in members)
+                else "cold"
+            )
             ratios = {
                 r["key"]: r["ratios"][mode][baseline]
                 for r in members
@@ -190,11 +202,17 @@ def losses(results: Mapping[str, Any]) -> list[str]:
                 ("compile", "torch.compile"),
                 ("in_compile", "torch.compile (ours inside torch.compile)"),
             ):
-                if name in ratios and ratios[name] < 1 and (name != "eager_any_layout" or ratios["eager"] >= 1):
+                if (
+                    name in ratios
+                    and ratios[name] < 1
+                    and (name != "eager_any_layout" or ratios["eager"] >= 1)
+                ):
                     found.append(f"{row['key']}, {mode}: {ratios[name]:.2f} x {what}")
     for row in results["models"]:
         found += [
-            f"{row['key']}: {ratio:.2f} x {name}" for name, ratio in row["ratios"].items() if ratio < 1
+            f"{row['key']}: {ratio:.2f} x {name}"
+            for name, ratio in row["ratios"].items()
+            if ratio < 1
         ]
     return found
 
@@ -218,7 +236,9 @@ def merge(runs: list[dict[str, Any]], derive_model: Any) -> dict[str, Any]:
             }
             for name, modes in row["times"].items():
                 for mode in modes:
-                    found = [r["times"][name][mode] for r in rows if mode in r["times"].get(name, {})]
+                    found = [
+                        r["times"][name][mode] for r in rows if mode in r["times"].get(name, {})
+                    ]
                     modes[mode] = _merge_stats(found)
             if section == "kernels":
                 derive(row, copy, merged["machine"]["llc_bytes"])
@@ -258,10 +278,22 @@ def write_csv(results: Mapping[str, Any], path: Path) -> None:
                         speedup = s["median"] / ours if ours and row["ratios"] else ""
                         out.writerow(
                             [section, row["key"], row.get("op") or row["model"]]
-                            + ["x".join(map(str, row["shape"])), row["dtype"], row["layout"], row["pass"]]
-                            + [name, mode, *(s[k] * 1e3 for k in ("median", "q1", "q3")), s["samples"]]
+                            + [
+                                "x".join(map(str, row["shape"])),
+                                row["dtype"],
+                                row["layout"],
+                                row["pass"],
+                            ]
+                            + [
+                                name,
+                                mode,
+                                *(s[k] * 1e3 for k in ("median", "q1", "q3")),
+                                s["samples"],
+                            ]
                             + [speedup, "ok" if gate.get("ok") else "red", gate.get("ratio", "")]
                             + [row["peak_bytes"].get(name, ""), row.get("minimum_bytes", "")]
                         )
                 if not row["times"]:
-                    out.writerow([section, row["key"], row.get("op") or row["model"]] + [""] * 11 + ["red"])
+                    out.writerow(
+                        [section, row["key"], row.get("op") or row["model"]] + [""] * 11 + ["red"]
+                    )

@@ -157,7 +157,9 @@ class _Measurement:
             return t.contiguous() if self.subject.channels_last else testing.to_channels_last(t)
 
         maps = self.subject.case.maps
-        turned = {n: (turn(t) if n in maps else t.detach()).requires_grad_() for n, t in tensors.items()}
+        turned = {
+            n: (turn(t) if n in maps else t.detach()).requires_grad_() for n, t in tensors.items()
+        }
         return turned, [turn(g) for g in grads]
 
     def _fastest(self, calls: dict[str, clock.Call], sets: int) -> str:
@@ -181,7 +183,9 @@ class _Measurement:
             found[f"{name}, in compile"] = build(function)
         return found
 
-    def _first_compiled(self, row: dict[str, Any], name: str, function: Function) -> clock.Call | None:
+    def _first_compiled(
+        self, row: dict[str, Any], name: str, function: Function
+    ) -> clock.Call | None:
         """Compiles, counts the seconds, gates ours; a failure leaves the column out and says why."""
         call = self._bind(function, self.sets, row["pass"])
         start = time.perf_counter()
@@ -203,7 +207,9 @@ class _Measurement:
         x = self.expected.tensors["x"]
         if self.device.type == "cpu" and self.subject.map_bytes > 64 << 20:
             out = torch.empty_like(x)
-            calls["copy, streaming"] = lambda i: machine.streaming_copy(out, sets[i][0]["x"].detach())
+            calls["copy, streaming"] = lambda i: machine.streaming_copy(
+                out, sets[i][0]["x"].detach()
+            )
         return calls
 
     def _time(self, row: dict[str, Any], calls: dict[str, clock.Call]) -> None:
@@ -228,7 +234,9 @@ class _Measurement:
         except RuntimeError as error:
             if self.device.type != "cuda":
                 raise
-            row["notes"].append(f"{name} is timed launched, it cannot be captured: {sentence(error)}")
+            row["notes"].append(
+                f"{name} is timed launched, it cannot be captured: {sentence(error)}"
+            )
             return clock.sampler(call, sets, self.device, "launched")
 
 

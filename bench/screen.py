@@ -30,7 +30,7 @@ KERNEL = (
 MODEL = (
     ("network", 31),
     ("pass", 28),
-    ("layout", 9),
+    ("layout", 6),
     ("ours ms", 9),
     ("±%", 4),
     ("eager", 9),
@@ -52,7 +52,7 @@ KERNEL_LEGEND = (
     "· error: against float64, over eager's own (2 is the limit) · –: not measured in this run"
 )
 MODEL_LEGEND = (
-    "layout: the faster of channels first and last, chosen for each side · SE %: time of eager that goes away when its "
+    "layout: channels first or last, where eager is faster · SE %: time of eager that goes away when its "
     "squeeze-and-excitation modules do nothing · limit×: the speed-up if they cost nothing · error: outputs and gradients, "
     "against the network in float64, over eager's own (2 is the limit) · training step: forward and backward, dropout off · "
     "weights are random, batch norms settled on the photographs"
@@ -78,7 +78,9 @@ def kernel_cells(row: Mapping[str, Any]) -> dict[str, str]:
     ratios, roof = row["ratios"].get("cold", {}), row["roof"]
     ours = row["times"].get(row["impl"], {}).get("cold")
     gate = row["gate"][row["impl"]]
-    compiled = [t for n in ("compile", "compile, max-autotune") if (t := median(row, n)) is not None]
+    compiled = [
+        t for n in ("compile", "compile, max-autotune") if (t := median(row, n)) is not None
+    ]
     return {
         "shape": row["case"],
         "type": row["dtype"],
@@ -92,7 +94,9 @@ def kernel_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "×compile": times(ratios.get("compile")),
         "inside": times(ratios.get("in_compile")),
         "GB/s": f"{roof['GBps']:.4g}" if roof and row["ratios"] else "–",
-        "%copy": ("" if roof["in_memory"] else "~") + f"{roof['percent']:.0f}" if roof and row["ratios"] else "–",
+        "%copy": ("" if roof["in_memory"] else "~") + f"{roof['percent']:.0f}"
+        if roof and row["ratios"]
+        else "–",
         "MB": megabytes(row["peak_bytes"].get(row["impl"])),
         "error": f"{gate['ratio']:.2f}" if gate["ok"] else "RED",
     }
@@ -101,11 +105,10 @@ def kernel_cells(row: Mapping[str, Any]) -> dict[str, str]:
 def model_cells(row: Mapping[str, Any]) -> dict[str, str]:
     ours = row["times"].get("ours", {}).get("cold")
     gate = row["gate"]["ours"]
-    layout = row["layout"].split(" ")
     return {
         "network": row["model"],
         "pass": row["pass"].replace("forward+backward", "training") + f" of {row['shape'][0]}",
-        "layout": "/".join(LAYOUT.get(part.rstrip(")"), "") for part in (layout[0], layout[-1])[: len(layout)]),
+        "layout": LAYOUT.get(row["layout"], "–"),
         "ours ms": milliseconds(ours["median"]) if ours else "–",
         "±%": f"{100 * clock.spread(ours):.0f}" if ours else "–",
         "eager": milliseconds(median(row, "eager")),
@@ -127,10 +130,16 @@ def header_lines(results: Mapping[str, Any]) -> list[str]:
         f"last-level cache {m['llc_bytes'] / 2**20:.0f} MiB"
     ]
     if m["device"] == "cuda":
-        lines.append(f"{m['gpu']} (sm {m['capability']}), CUDA {m['cuda']}, driver {m['driver']}, clocks {m['clocks']}")
-    lines.append(f"torch {m['torch']}, Python {m['python']}, attnkern {m['attnkern']} at {m['commit']}, {m['os']}")
+        lines.append(
+            f"{m['gpu']} (sm {m['capability']}), CUDA {m['cuda']}, driver {m['driver']}, clocks {m['clocks']}"
+        )
+    lines.append(
+        f"torch {m['torch']}, Python {m['python']}, attnkern {m['attnkern']} at {m['commit']}, {m['os']}"
+    )
     forms = ", ".join(f"{n} {v:.4g}" for n, v in copy["forms_GBps"].items())
-    lines.append(f"copy: {copy['memory_GBps']:.4g} GB/s from memory ({forms}), {copy['cache_GBps']:.4g} in cache")
+    lines.append(
+        f"copy: {copy['memory_GBps']:.4g} GB/s from memory ({forms}), {copy['cache_GBps']:.4g} in cache"
+    )
     if "copy_100MB_warm_ms" in allocator:
         lines.append(
             f"allocator: {allocator['kind']}; a fresh 100 MB result costs {allocator['copy_100MB_default_ms']:.3g} ms "
@@ -179,7 +188,9 @@ class Screen:
         self.line()
         self.line(_aligned(dict.fromkeys((n for n, _ in columns)), columns, names=True), "bold")
 
-    def row(self, cells: Mapping[str, str], columns: tuple[tuple[str, int], ...], row: Mapping[str, Any]) -> None:
+    def row(
+        self, cells: Mapping[str, str], columns: tuple[tuple[str, int], ...], row: Mapping[str, Any]
+    ) -> None:
         bad = any(not g["ok"] for g in row["gate"].values()) or row.get("refused")
         ratios = row["ratios"].get("cold", row["ratios"])
         ratio = ratios.get("eager")

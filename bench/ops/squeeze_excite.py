@@ -120,7 +120,9 @@ def _cuda() -> list[Subject]:
             rows += [_subject(c, group=shortcut, **layout) for c in residual]
             rows += [_subject(c, group=small, **layout) for c in single]
     rows += [_subject(c, "fp32", quick=c is plain[0]) for c in plain[:4]]
-    rows += [_subject(_case(32, c, s, c // 16), "bf16", quick=False) for c, s in ((256, 56), (2048, 7))]
+    rows += [
+        _subject(_case(32, c, s, c // 16), "bf16", quick=False) for c, s in ((256, 56), (2048, 7))
+    ]
     return rows
 
 
