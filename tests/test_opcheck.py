@@ -1,0 +1,75 @@
+"""torch.library.opcheck of every operator overload: schema, fake, autograd registration, AOT dispatch."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import calls
+
+from attnkern import _layout
+from attnkern.ops.squeeze_excite.reference import Options
+
+ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
+CALLS = calls("resnet", "ese", "src_shift", "residual_relu_drop_path", "residual_silu", "prelu", "3d")
+OPTIONS = Options._fields
+
+
+def _overload(name, target):
+    if target.impl == "reference":
+        pytest.skip("the reference is no operator")
+    return getattr(getattr(torch.ops.attnkern, name), target.impl)
+
+
+def _arguments(call, target, dtype, channels_last):
+    """The operator's tensors and options, as op.py passes them."""
+    t = call.inputs(target, dtype, channels_last=channels_last)
+    acc = torch.promote_types(dtype, torch.float32)
+    for name in ("src", "drop_path"):
+        if name in t:
+            t[name] = t[name].to(acc)
+    names = ("x", "src", "w1", "b1", "w2", "b2", "act_weight", "residual", "drop_path")
+    options = {k: v for k, v in call.case.options.items() if k in OPTIONS}
+    return [t.get(name) for name in names], Options(**options)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_squeeze_excite(call, target, channels_last):
+    forward, backward = (_overload(f"squeeze_excite_{d}", target) for d in ("fwd", "bwd"))
+    tensors, options = _arguments(call, target, torch.float32, channels_last)
+    masked = options.out_act in ("relu", "relu6")
+    for save_mask in {masked, False}:
+        torch.library.opcheck(forward, (*tensors, *options, save_mask), test_utils=ALL)
+    y, mean, hidden, logits, mask = forward(*tensors, *options, masked)
+    if masked:
+        tensors[7] = None
+    saved = (mean, hidden, logits, mask)
+    for dlogits in (None, torch.randn_like(logits)):
+        for needs in ((True, True, True), (True, False, False)):
+            arguments = (torch.randn_like(y), dlogits, *tensors, *saved, *options, *needs)
+            torch.library.opcheck(backward, arguments, test_utils=ALL)
+            with torch.no_grad():
+                for gradient, like in zip(backward(*arguments), [*tensors[:7], y], strict=False):
+                    assert gradient.numel() == 0 or gradient.stride() == like.stride()
+
+
+@pytest.mark.parametrize("call", calls("2d", "3d", "1d")[:3], ids=str)
+def test_squeeze(call, target, dtype):
+    op = _overload("squeeze_fwd", target)
+    for channels_last in (False, True):
+        x = call.inputs(target, dtype, channels_last=channels_last)["x"]
+        torch.library.opcheck(op, (x,), test_utils=ALL)
+        assert op(x).dtype == torch.promote_types(dtype, torch.float32)
+
+
+def test_operators_refuse_maps_of_different_layouts(target):
+    """op.py brings them to one layout; called by hand, the operator says so instead of misreading."""
+    if target.impl != "native":
+        pytest.skip("the check is the compiled part's")
+    op = _overload("squeeze_excite_fwd", target)
+    x = torch.randn(2, 4, 3, 3, device=target.device)
+    other = x.contiguous(memory_format=torch.channels_last)
+    src = torch.randn(2, 4, device=target.device)
+    assert _layout.is_channels_last(other)
+    with pytest.raises(RuntimeError, match="residual must have the layout of x"):
+        op(x, src, *[None] * 5, other, None, *Options(), False)
