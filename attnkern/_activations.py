@@ -11,6 +11,13 @@ from typing import Any, NamedTuple
 
 from torch import Tensor, nn
 
+
+class Activation(NamedTuple):
+    name: str
+    slope: float = 0.01
+    weight: Tensor | None = None
+
+
 _TORCH = {
     nn.Identity: "identity",
     nn.ReLU: "relu",
@@ -37,12 +44,9 @@ _QUALIFIED = {
     "timm.layers.activations_me.SwishMe": "silu",
     "timm.layers.activations_me.MishMe": "mish",
 }
-
-
-class Activation(NamedTuple):
-    name: str
-    slope: float = 0.01
-    weight: Tensor | None = None
+_FIXED = {cls: Activation(name) for cls, name in _TORCH.items()}
+for _cls in (nn.LeakyReLU, nn.PReLU, nn.GELU):  # which have options
+    del _FIXED[_cls]
 
 
 def qualified_name(cls: type) -> str:
@@ -52,6 +56,8 @@ def qualified_name(cls: type) -> str:
 def read(module: Any) -> Activation | None:
     """The activation that ``module`` computes; None when it is none of the operators'."""
     cls = type(module)
+    if cls in _FIXED:
+        return _FIXED[cls]
     name = _TORCH.get(cls) or _QUALIFIED.get(qualified_name(cls))
     if name is None or (name == "gelu" and getattr(module, "approximate", "none") != "none"):
         return None

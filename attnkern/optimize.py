@@ -140,7 +140,7 @@ def _plan(model: nn.Module, impl: str) -> tuple[Report, list[tuple[nn.Module, Ru
             continue
         chosen = ""
         if not reason:
-            weight = next((part or module).parameters())
+            weight = rule.read(module)[0]
             chosen = select(rule.op.partition("(")[0], impl, weight.device, weight.dtype)
         row = Row(name or "(model)", type(module).__name__, rule.op, chosen, reason or "")
         if reason:

@@ -23,7 +23,8 @@ class Rule:
     Attributes:
         cls: qualified name of the class.
         op: what serves it, for the report.
-        read: module -> the operator's arguments, or the reason (str) why it cannot be served.
+        read: module -> the operator's arguments, a weight first, or the reason (str) why it cannot
+            be served.
         forward: ``forward(module, x, *, impl)``, the rerouted forward: picklable by name.
         names: for each method that ``forward`` stands in for, the names its code refers to, in
             order.  A version of the library whose code refers to others is left alone.

@@ -56,23 +56,28 @@ def is_rerouted(module: nn.Module) -> bool:
 
 def read(fc1: Any, act: Any, fc2: Any, gate: Any) -> Arguments | str:
     """The arguments of a two-layer MLP, or why its children cannot be inlined."""
-    reason = (
-        _refuse_conv(fc1)
-        or _refuse_conv(fc2)
-        or _refuse_activation("activation", act, ACTS)
-        or _refuse_activation("gate", gate, GATES)
-    )
-    if reason:
+    hidden, out = _activations.read(act), _activations.read(gate)
+    if reason := _refuse_conv(fc1) or _refuse_conv(fc2):
         return reason
-    hidden = _activations.read(act)
-    return Arguments(fc1.weight, fc1.bias, fc2.weight, fc2.bias, *hidden, _activations.read(gate).name)
+    if reason := _refuse("activation", act, hidden, ACTS) or _refuse("gate", gate, out, GATES):
+        return reason
+    return Arguments(*_layer(fc1), *_layer(fc2), *hidden, out.name)  # type: ignore[misc,union-attr]
 
 
 def read_one_layer(fc: Any, gate: Any) -> Arguments | str:
     """The arguments of effective squeeze-and-excitation's one layer, or why not."""
-    if reason := _refuse_conv(fc) or _refuse_activation("gate", gate, GATES):
+    out = _activations.read(gate)
+    if reason := _refuse_conv(fc) or _refuse("gate", gate, out, GATES):
         return reason
-    return Arguments(fc.weight, fc.bias, None, None, "identity", 0.01, None, _activations.read(gate).name)
+    return Arguments(*_layer(fc), None, None, "identity", 0.01, None, out.name)  # type: ignore[union-attr]
+
+
+def _layer(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
+    """Weight and bias; past ``Module.__getattr__``, 0.5 us each, unless FSDP made them attributes."""
+    parameters = conv._parameters
+    if "weight" in parameters:
+        return parameters["weight"], parameters["bias"]  # type: ignore[return-value]
+    return conv.weight, conv.bias
 
 
 def _refuse_conv(conv: Any) -> str | None:
@@ -86,8 +91,9 @@ def _refuse_conv(conv: Any) -> str | None:
     return reason and f"its 1x1 convolution {reason}"
 
 
-def _refuse_activation(role: str, module: Any, names: tuple[str, ...]) -> str | None:
-    found = _activations.read(module)
+def _refuse(
+    role: str, module: Any, found: _activations.Activation | None, names: tuple[str, ...]
+) -> str | None:
     if found is None or found.name not in names:
         extra = f"({module.extra_repr()})" if isinstance(module, nn.Module) else ""
         return f"its {role} {type(module).__name__}{extra} is not supported"

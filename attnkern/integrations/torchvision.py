@@ -11,11 +11,13 @@ from attnkern.integrations._squeeze_excite import Arguments
 
 
 def _read(m: Any) -> Arguments | str:
-    if type(m.avgpool) is not nn.AdaptiveAvgPool2d or m.avgpool.output_size not in (1, (1, 1)):
-        return f"its pooling is {m.avgpool}"
-    if reason := _squeeze_excite.altered(m.avgpool):
+    c = m._modules
+    pool = c["avgpool"]
+    if type(pool) is not nn.AdaptiveAvgPool2d or pool.output_size not in (1, (1, 1)):
+        return f"its pooling is {pool}"
+    if reason := _squeeze_excite.altered(pool):
         return f"its pooling {reason}"
-    return _squeeze_excite.read(m.fc1, m.activation, m.fc2, m.scale_activation)
+    return _squeeze_excite.read(c["fc1"], c["activation"], c["fc2"], c["scale_activation"])
 
 
 def squeeze_excitation(module: Any, input: Any, *, impl: str) -> Any:
