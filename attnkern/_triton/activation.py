@@ -68,29 +68,28 @@ def activation(h, slope, ACT: tl.constexpr):
 
 
 @triton.jit
-def activation_grad(h, slope, ACT: tl.constexpr):
-    """act'(h)."""
-    one = tl.full(h.shape, 1.0, tl.float32)
+def activation_grad(g, h, slope, ACT: tl.constexpr):
+    """g act'(h); a derivative of 0 selects 0, whatever g, where torch's does."""
     if ACT == "identity":
-        out = one
+        out = g
     elif ACT == "relu":
-        out = tl.where(h <= 0, 0.0, one)
+        out = tl.where(h <= 0, 0.0, g)
     elif ACT == "relu6":
-        out = tl.where((h <= 0) | (h >= 6), 0.0, one)
+        out = tl.where((h <= 0) | (h >= 6), 0.0, g)
     elif ACT == "leaky_relu" or ACT == "prelu":
-        out = tl.where(h > 0, one, slope)
+        out = tl.where(h > 0, g, g * slope)
     elif ACT == "silu":
         sigma = sigmoid(h)
-        out = sigma * (1.0 + h * (1.0 - sigma))
+        out = g * sigma * (1.0 + h * (1.0 - sigma))
     elif ACT == "hardswish":
-        out = tl.where(h <= -3, 0.0, tl.where(h >= 3, one, h / 3.0 + 0.5))
+        out = tl.where(h <= -3, 0.0, tl.where(h >= 3, g, g * (h / 3.0 + 0.5)))
     elif ACT == "gelu":
         density = tl.exp(-0.5 * h * h) * 0.3989422804014327  # 1 / sqrt(2 pi)
-        out = 0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * density
+        out = g * (0.5 * (1.0 + tl.erf(h * 0.7071067811865476)) + h * density)
     else:
         tl.static_assert(ACT == "mish")
         t, complement = _mish_parts(h)
-        out = t + h * sigmoid(h) * complement * (1.0 + t)
+        out = g * (t + h * sigmoid(h) * complement * (1.0 + t))
     return out
 
 
@@ -111,19 +110,19 @@ def gate_value(z, slope, offset, GATE: tl.constexpr):
 
 
 @triton.jit
-def gate_grad(z, slope, offset, GATE: tl.constexpr):
-    one = tl.full(z.shape, 1.0, tl.float32)
+def gate_grad(g, z, slope, offset, GATE: tl.constexpr):
+    """g gate'(z), selecting as `activation_grad` does."""
     if GATE == "identity":
-        out = one
+        out = g
     elif GATE == "sigmoid":
-        out = sigmoid(z) * sigmoid(-z)
+        out = g * sigmoid(z) * sigmoid(-z)
     elif GATE == "relu":
-        out = tl.where(z <= 0, 0.0, one)
+        out = tl.where(z <= 0, 0.0, g)
     elif GATE == "tanh":
-        g = tanh(z)
-        out = (1.0 - g) * (1.0 + g)
+        t = tanh(z)
+        out = g * (1.0 - t) * (1.0 + t)
     else:
         tl.static_assert(GATE == "hard_sigmoid")
         v = slope * z + offset
-        out = tl.where((v > 0) & (v < 1), slope, one * 0.0)
+        out = tl.where((v > 0) & (v < 1), g * slope, 0.0)
     return out

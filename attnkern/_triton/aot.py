@@ -10,13 +10,11 @@ from __future__ import annotations
 import importlib
 import importlib.util
 import pkgutil
-import re
-import subprocess
 import tempfile
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
@@ -24,6 +22,7 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 from triton.runtime.jit import JITFunction
 
+from attnkern import _cubin
 from attnkern._triton import LAUNCH
 
 CAPABILITIES = (80, 90, 100)
@@ -48,12 +47,6 @@ class Launch:
     @property
     def name(self) -> str:
         return self.kernel.__name__
-
-
-class Resources(NamedTuple):
-    registers: int
-    shared: int  # bytes of shared memory a block
-    spills: int  # bytes of stack a thread: the kernels have no local arrays
 
 
 def describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Launch:
@@ -128,15 +121,9 @@ def compile(launch: Launch, capability: int) -> Any:
     return triton.compile(source, target=target, options=dict(launch.options))
 
 
-def resources(compiled: Any) -> Resources:
-    """What the cubin says of itself, read by the cuobjdump that Triton bundles."""
+def resources(compiled: Any) -> _cubin.Resources:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as cubin:
         cubin.write(compiled.asm["cubin"])
         cubin.flush()
-        tool = triton.knobs.nvidia.cuobjdump.path
-        command = [tool, "-res-usage", cubin.name]
-        text = subprocess.run(command, capture_output=True, text=True, check=True).stdout
-    usage = re.search(r"REG:(\d+) STACK:(\d+)", text)
-    if usage is None:
-        raise RuntimeError(f"cuobjdump -res-usage says nothing of registers:\n{text}")
-    return Resources(int(usage[1]), compiled.metadata.shared, int(usage[2]))
+        (used,) = _cubin.resources(cubin.name).values()
+    return used._replace(shared=compiled.metadata.shared)

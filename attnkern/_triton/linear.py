@@ -15,6 +15,9 @@ from torch import Tensor
 from attnkern._triton import LAUNCH
 from attnkern._triton.activation import activation, activation_grad
 
+SHARED_WEIGHTS = 1 << 22
+"""Products from which 16 samples share the tiles of W they read, at a barrier a step."""
+
 
 @triton.jit
 def _activate(v, slopes, k, valid, slope, slope_stride, ACT: tl.constexpr):
@@ -93,7 +96,7 @@ def linear_kernel(
         if ACT == "prelu":
             slope = tl.load(slopes + o * slope_stride, mask=o < outputs, other=0.0)
             slope = slope.to(tl.float32)[None, :]
-        total *= activation_grad(h, slope, ACT)
+        total = activation_grad(total, h, slope, ACT)
     tl.store(out + offsets, total, mask=valid)
 
 
@@ -224,9 +227,7 @@ class Layer(NamedTuple):
 
     def _linear(self, v: Tensor, out: Tensor, transposed: bool, **own: Any) -> Tensor:
         (batch, inputs), outputs = v.shape, out.shape[1]
-        # One sample a program reads all of W per sample; past 2^22 products samples share W, at the
-        # price of a trip through shared memory a step.
-        if batch >= 16 and batch * inputs * outputs >= 1 << 22:
+        if batch >= 16 and batch * inputs * outputs >= SHARED_WEIGHTS:
             blocks = {"DOT": True, "BLOCK_B": 16, "BLOCK_O": 32, "BLOCK_K": 16}
         else:
             block_k = 256 if inputs >= 256 else 32
@@ -254,5 +255,5 @@ def sum_rows(terms: Tensor, out: Tensor, divisor: float = 1.0) -> None:
     rows, cols = terms.shape[0], out.numel()
     if cols:
         sum_rows_kernel[triton.cdiv(cols, 32),](
-            terms, out, rows, cols, divisor, BLOCK_ROWS=32, BLOCK_COLS=32, **LAUNCH
+            terms, out, rows, cols, float(divisor), BLOCK_ROWS=32, BLOCK_COLS=32, **LAUNCH
         )

@@ -28,7 +28,7 @@ def _train(c: Case, dtype: torch.dtype, weight_dtype: torch.dtype, channels_last
         given[name] = torch.empty(shape, dtype=kind, device="meta")
         if channels_last and name in c.maps:
             given[name] = given[name].to(memory_format=torch.channels_last)
-    tensors = [given.get(name) for name in _INPUTS]
+    tensors: list[Any] = [given.get(name) for name in _INPUTS]
     o = Options(**c.options)
     masked = o.out_act in ("relu", "relu6")
     y, *saved = squeeze_excite_fwd(*tensors, *o, masked)

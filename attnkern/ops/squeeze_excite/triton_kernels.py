@@ -233,7 +233,8 @@ def rescale_kernel(
         APPLY,
     )
     if mask is not None:
-        bits = (activation_grad(u, 0.0, OUT_ACT) != 0) & valid
+        one = tl.full([ROWS, COLS], 1.0, tl.float32)
+        bits = (activation_grad(one, u, 0.0, OUT_ACT) != 0) & valid
         _pack(mask, bits, b, row0, col0, rows, cols, ROWS, COLS)
     out = activation(u, 0.0, OUT_ACT).to(y.dtype.element_ty)
     tl.store(y + b * y_batch + row[:, None] * y_row + col[None, :], out, mask=valid)
@@ -320,7 +321,7 @@ def reduce_kernel(
                 valid,
                 APPLY,
             )
-            v *= activation_grad(u, 0.0, OUT_ACT)
+            v = activation_grad(v, u, 0.0, OUT_ACT)
         if dresidual is not None:
             tl.store(
                 dresidual + b * dresidual_batch + row[:, None] * dresidual_row + col[None, :],
@@ -378,7 +379,7 @@ def logits_grad_kernel(
             branch += t * sum_v
             sum_g = sum_v if APPLY == "shift" else sum_vx
         ddrop += tl.where(c < channels, branch, 0.0)
-        grad = gate_grad(z, gate_slope, gate_offset, GATE) * factor * sum_g
+        grad = gate_grad(factor * sum_g, z, gate_slope, gate_offset, GATE)
         at = b * channels + c
         if APPLY == "scale_shift":
             at += b * channels
@@ -460,7 +461,7 @@ def apply_grad_kernel(
             valid,
             APPLY,
         )
-        v *= activation_grad(u, 0.0, OUT_ACT)
+        v = activation_grad(v, u, 0.0, OUT_ACT)
     grad = v * _per_channel(s, CHANNELS_LAST)
     if dmean is not None:
         dm = tl.load(dmean + b * channels + c, mask=c < channels, other=0.0) / length

@@ -1,0 +1,144 @@
+"""Run by test_triton_interpret.py in a process with TRITON_INTERPRET=1.
+
+The interpreter is wrong for some products of bfloat16 matrices; these kernels multiply matrices of
+float32 alone, so no dtype is left out.
+"""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from conftest import CALLS, calls
+
+from attnkern import _layout, testing
+from attnkern._triton import linear
+from attnkern.functional import squeeze, squeeze_excite
+from attnkern.ops.squeeze_excite import op, reference
+from attnkern.ops.squeeze_excite.cases import case
+
+SPEC = next(call.spec for call in CALLS if call.spec.name == "squeeze_excite")
+KINDS = {
+    "float32-first": (torch.float32, torch.float32, False),
+    "float32-last": (torch.float32, torch.float32, True),
+    "bfloat16-first": (torch.bfloat16, torch.bfloat16, False),
+    "float16-last": (torch.float16, torch.float32, True),
+}
+
+
+@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("call", CALLS, ids=str)
+def test_every_case_within_the_budget(call, kind):
+    dtype, weights, last = KINDS[kind]
+    tensors = call.case.inputs(dtype, weight_dtype=weights, channels_last=last)
+    testing.compare(call.spec, call.case, tensors, impl="triton")
+
+
+@pytest.mark.parametrize("act", ["gelu", "prelu"])
+def test_samples_that_share_tiles_of_the_weights(act, monkeypatch):
+    monkeypatch.setattr(linear, "SHARED_WEIGHTS", 0)
+    options = {"prelu": 19} if act == "prelu" else {"act": act}
+    c = case("", 17, 37, (1, 2), 19, **options)
+    testing.compare(SPEC, c, c.inputs(), impl="triton")
+
+
+SLICES = {
+    "batch": lambda make: make(7, 6, 5, 4)[1::3],
+    "channels": lambda make: make(2, 9, 5, 4)[:, 2:8],
+    "batch and channels": lambda make: make(4, 9, 5, 4)[::2, 1:7],
+    "expanded batch": lambda make: make(1, 6, 5, 4).expand(2, 6, 5, 4),
+}
+
+
+@pytest.mark.parametrize(
+    ("name", "out_act"), [*((name, "relu") for name in SLICES), ("batch and channels", "silu")]
+)
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+def test_slices_give_the_bits_of_their_copies(name, channels_last, out_act):
+    def make(*shape):
+        x = torch.randn(shape, generator=generator)
+        return testing.to_channels_last(x) if channels_last else x
+
+    generator = torch.Generator().manual_seed(0)
+    maps = [SLICES[name](make) for _ in range(3)]
+    w1, w2 = make(3, 6, 1, 1).flatten(1), make(6, 3, 1, 1).flatten(1)
+    results = []
+    for copied in (False, True):
+        x, residual, dy = (t.clone() if copied else t for t in maps)
+        if channels_last:
+            x, residual, dy = map(testing.to_channels_last, (x, residual, dy)) if copied else maps
+        tensors = {"x": x, "w1": w1, "w2": w2, "residual": residual}
+        results.append(
+            testing.run(
+                squeeze_excite, tensors, {"b1": None, "out_act": out_act}, [dy], impl="triton"
+            )
+        )
+    for (what, got), (_, want) in zip(results[0].items(), results[1].items(), strict=True):
+        assert torch.equal(got, want), what
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+def test_an_expanded_gradient(channels_last):
+    call = calls("residual_relu_drop_path")[0]
+    tensors = call.case.inputs(channels_last=channels_last)
+    shape = tensors["x"].shape
+    grads = [torch.ones(()).expand(shape), torch.ones(shape)]
+    got, want = (
+        testing.run(squeeze_excite, tensors, call.case.options, [dy], impl="triton") for dy in grads
+    )
+    for name, grad in got.grads.items():
+        assert torch.equal(grad, want.grads[name]), name
+
+
+@pytest.mark.parametrize("name", ["resnet", "prelu", "residual_relu_drop_path", "src_shift"])
+def test_no_samples(name):
+    call = calls(name)[0]
+    empty = {
+        k: t[:0] if k in (*call.case.maps, "src", "drop_path") else t
+        for k, t in call.case.inputs().items()
+    }
+    got = testing.run(call.spec.function, empty, call.case.options, impl="triton")
+    for name, grad in got.grads.items():
+        assert grad.shape == empty[name].shape
+        assert torch.equal(grad, torch.zeros_like(grad)), name
+    assert squeeze(empty["x"], impl="triton").shape == empty["x"].shape[:2]
+
+
+@pytest.mark.parametrize("out_act", ["relu", "relu6"])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+def test_the_mask_is_the_derivative_bit_by_bit(channels_last, out_act):
+    """Bytes of the layout's rows, least significant bit first, zeros past the end of a row."""
+    x, logits = torch.randn(2, 13, 3, 7) * 4, torch.randn(2, 13)
+    if channels_last:
+        x = testing.to_channels_last(x)
+    options = reference.Options(gate="identity", out_act=out_act)
+    absent = (None,) * 7
+    arguments = (x, logits, *absent, *options, True)
+    saved = torch.ops.attnkern.squeeze_excite_fwd.triton(*arguments)
+    for got, fake in zip(saved, op._fwd_fake(*arguments), strict=True):
+        assert (got.shape, got.dtype, got.stride()) == (fake.shape, fake.dtype, fake.stride())
+    u = x * logits[:, :, None, None]
+    bits = (u > 0) & (u < (6 if out_act == "relu6" else float("inf")))
+    mask = saved[-1]
+    assert torch.equal(reference.unpack_mask(mask, x, _layout.is_channels_last(x)).bool(), bits)
+    assert sum(int(byte).bit_count() for byte in mask.flatten()) == int(bits.sum())
+
+
+@pytest.mark.parametrize("function", ["sigmoid", "tanh", "mish", "silu"])
+def test_activations_are_accurate_everywhere(function):
+    """Relative to the value: a cancellation would show as 1e-3."""
+    x = torch.cat([s * torch.logspace(-6, 2, 400, dtype=torch.float64) for s in (-1, 1)])
+    logits = x.float()[None]
+    ones = torch.ones(1, x.numel(), 1)
+    if function in ("sigmoid", "tanh"):
+        got = squeeze_excite(ones, None, src=logits, gate=function, impl="triton").flatten()
+        want = getattr(torch, function)(logits.double()).flatten()
+    else:
+        weight = torch.eye(x.numel())
+        got = squeeze_excite(
+            ones, weight, None, weight, src=logits, act=function, gate="identity", impl="triton"
+        ).flatten()
+        want = reference.activation(logits.double(), function).flatten()
+    error = (got.double() - want).abs() / want.abs().clamp_min(1e-30)
+    meaningful = want.abs() > 1e-6
+    assert float(error[meaningful].max()) < 2e-6
+    assert torch.isfinite(got).all()
