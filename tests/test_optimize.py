@@ -1,9 +1,7 @@
-"""``optimize`` and ``restore``: what they touch, what they leave alone, and what optimized models survive."""
+"""``optimize`` and ``restore``: what they serve, what they leave alone and name, and the report."""
 
 import copy
 import functools
-import io
-import pickle
 import subprocess
 import sys
 import warnings
@@ -256,7 +254,7 @@ def test_a_subclass_without_its_own_forward_is_served():
     close(outcome(module, image()), want)
 
 
-# ------------------------------------------------------------------ errors, dry run, idempotence, restore
+# ------------------------------------------------------------------ errors, dry run, twice, restore
 
 
 def test_bad_arguments():
@@ -264,14 +262,14 @@ def test_bad_arguments():
         attnkern.optimize("resnet50")
     with pytest.raises(TypeError, match=r"restore: model must be a torch.nn.Module, got dict"):
         attnkern.restore({})
-    with pytest.raises(ValueError, match="optimize: impl must be one of auto, .*, got 'cuda'"):
+    with pytest.raises(ValueError, match=r"optimize: impl must be one of auto, .*, got 'cuda'"):
         attnkern.optimize(nn.Identity(), impl="cuda")
 
 
 def test_an_explicit_implementation_that_cannot_serve_raises_before_anything_is_touched():
     model = nn.Sequential(SEModule(16), SEModule(16, device="meta"))
     before = traces(model)
-    with pytest.raises(ValueError, match="impl='triton' cannot serve torch.float32 on meta"):
+    with pytest.raises(ValueError, match=r"impl='triton' cannot serve torch.float32 on meta"):
         attnkern.optimize(model, impl="triton")
     assert traces(model) == before
 
@@ -358,7 +356,7 @@ def _hooks(module, log, where):
     ],
 )
 def test_hooks_on_children_run_whenever_they_were_registered(make, child, kind):
-    """Before: the module or block is reported; after: it falls back to its own forward at the call."""
+    """Before: the module or block is reported; after: it falls back to its own forward."""
     model, x, log = seeded(make), image(), []
     for module in model.modules():
         if kind.startswith("backward") and hasattr(module, "inplace"):
@@ -443,7 +441,7 @@ def test_changes_after_optimize_are_honoured():
             close(outcome(optimized, image()), outcome(model, image()))
 
 
-# ------------------------------------------------------------------ inputs that eager refuses or promotes
+# ------------------------------------------------------------------ inputs: eager's results, errors
 
 
 def _result(function):

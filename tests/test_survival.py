@@ -1,4 +1,4 @@
-"""What optimized models survive: copies, pickles, wrappers, tracers, compilers, data parallelism."""
+"""What optimized models survive: copies, wrappers, tracers, compilers, data parallelism."""
 
 import copy
 import io
@@ -87,8 +87,8 @@ def test_symbolic_tracing_sees_the_stock_modules():
 
 
 def _network():
-    return seeded(lambda: nn.Sequential(*(make() for name, make in BLOCKS.items() if name != "dressed"),
-                                        *(make() for make in MODULES.values())))  # fmt: skip
+    blocks = [make for name, make in BLOCKS.items() if name != "dressed"]
+    return seeded(lambda: nn.Sequential(*(make() for make in (*blocks, *MODULES.values()))))
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])

@@ -61,7 +61,10 @@ def read(fc1: Any, act: Any, fc2: Any, gate: Any) -> Arguments | str:
         return reason
     if reason := _refuse("activation", act, hidden, ACTS) or _refuse("gate", gate, out, GATES):
         return reason
-    return Arguments(*_layer(fc1), *_layer(fc2), *hidden, out.name)  # type: ignore[misc,union-attr]
+    assert hidden is not None
+    assert out is not None
+    w1, b1, w2, b2 = *_layer(fc1), *_layer(fc2)
+    return Arguments(w1, b1, w2, b2, hidden.name, hidden.slope, hidden.weight, out.name)
 
 
 def read_one_layer(fc: Any, gate: Any) -> Arguments | str:
@@ -69,11 +72,12 @@ def read_one_layer(fc: Any, gate: Any) -> Arguments | str:
     out = _activations.read(gate)
     if reason := _refuse_conv(fc) or _refuse("gate", gate, out, GATES):
         return reason
-    return Arguments(*_layer(fc), None, None, "identity", 0.01, None, out.name)  # type: ignore[union-attr]
+    assert out is not None
+    return Arguments(*_layer(fc), None, None, "identity", 0.01, None, out.name)
 
 
 def _layer(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias; past ``Module.__getattr__``, 0.5 us each, unless FSDP made them attributes."""
+    """Weight and bias, past ``Module.__getattr__`` (0.5 us each) unless FSDP set them."""
     parameters = conv._parameters
     if "weight" in parameters:
         return parameters["weight"], parameters["bias"]  # type: ignore[return-value]
