@@ -124,7 +124,7 @@ def test_float64_outputs_gradients_and_buffers_are_equal(name, train):
         )
         if key.startswith(tuple(f"grad of {name}." for name in names)):
             live.append(scale > floor)
-    assert sum(live) > 0.9 * len(live) > 0, "the comparison is nearly empty"
+    assert sum(live) > len(live) / 2 > 0, "the comparison is nearly empty"
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
