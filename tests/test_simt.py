@@ -6,13 +6,15 @@ reported.  Then the operators' kernels: every case with every strategy, outputs 
 
 import ctypes
 import math
+import os
+import subprocess
 import sys
 from pathlib import Path
 
 import pytest
 import torch
 import torch.nn.functional as F
-from conftest import CALLS
+from conftest import CALLS, calls
 
 from attnkern import _select, testing
 from attnkern.ops.squeeze_excite import op, reference
@@ -209,3 +211,93 @@ def test_every_case_with_every_strategy(native, call, strategy, channels_last):
     _force(native, strategy)
     tensors = call.case.inputs(dtype, channels_last=channels_last)
     testing.compare(call.spec, call.case, tensors, impl="native")
+
+
+NAMES = ("effnet", "lc0", "residual_relu_drop_path", "res_out_silu", "3d", "src")
+VARIED = [c for c in calls(*NAMES) if c.spec.name == "squeeze_excite"]
+
+
+def _results(call, channels_last=False, dtype=torch.float32):
+    tensors = call.case.inputs(dtype, channels_last=channels_last)
+    return testing.run(call.spec.function, tensors, call.case.options, impl="native")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("call", VARIED, ids=str)
+def test_results_are_the_same_bits_under_every_schedule(native, call, strategy):
+    _force(native, strategy, chunk=0 if strategy == "resident" else 500)
+    results = []
+    for seed in range(6):
+        native.device.configure(seed=seed, l2=1 << 14)
+        results.append(_results(call))
+    for other in results[1:]:
+        for (name, value), (_, same) in zip(results[0].items(), other.items(), strict=True):
+            assert torch.equal(value, same), name
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("cluster", [1, 2, 4, 8, 16])
+@pytest.mark.parametrize("call", VARIED, ids=str)
+def test_clusters_of_every_size(native, call, cluster, channels_last):
+    native.device.configure(seed=cluster, sms=16)
+    _force(native, "resident", cluster=cluster)
+    tensors = call.case.inputs(torch.float32, channels_last=channels_last)
+    testing.compare(call.spec, call.case, tensors, impl="native")
+    backward = native.plans[-1]
+    assert (backward["strategy"], backward["cluster"]) == (0, cluster)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("threads", [32, 64, 288, 512])
+@pytest.mark.parametrize("strategy", STRATEGIES)
+def test_block_sizes(native, strategy, threads, channels_last):
+    _force(native, strategy, threads=threads)
+    for seed, call in enumerate(VARIED):
+        native.device.configure(seed=seed)
+        tensors = call.case.inputs(torch.bfloat16, channels_last=channels_last)
+        testing.compare(call.spec, call.case, tensors, impl="native")
+        assert native.plans[-1]["threads"] == threads
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("chunk", [72, 1000])
+@pytest.mark.parametrize("strategy", STRATEGIES[1:])
+def test_many_pieces_and_chunks_of_one_sample(native, strategy, chunk, channels_last):
+    _force(native, strategy, chunk=chunk)
+    for seed, call in enumerate(calls("residual_relu_drop_path", "res_out_silu")):
+        native.device.configure(seed=seed, l2=1 << 10)
+        tensors = call.case.inputs(torch.float16, channels_last=channels_last)
+        testing.compare(call.spec, call.case, tensors, impl="native")
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("call", VARIED, ids=str)
+def test_the_launchers_own_plan(native, call, capability):
+    native.device.configure(capability=capability, shared=(163 if capability == 80 else 227) << 10)
+    native.force = None
+    tensors = call.case.inputs(torch.float32)
+    testing.compare(call.spec, call.case, tensors, impl="native")
+
+
+def test_a_fault_of_the_device_is_the_operators_error(native):
+    native.device.configure(capability=80, sms=16)
+    _force(native, "resident", cluster=1)
+    native.device.configure(shared=1 << 10)
+    call = calls("resnet")[0]
+    with pytest.raises(AssertionError, match="too much shared memory"):
+        _results(call)
+
+
+@pytest.mark.parametrize("properties", ["forward", "backward", "layouts", "special_values"])
+def test_the_property_tests_hold_on_the_emulator(properties):
+    environment = {**os.environ, "PYTHONPATH": str(Path(__file__).parent / "simt")}
+    command = [sys.executable, "-m", "pytest", "-q", "-p", "plugin", "-p", "no:cacheprovider", "-x"]
+    process = subprocess.run(
+        [*command, "--impl", "native", f"tests/test_{properties}.py"],
+        cwd=Path(__file__).parents[1],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert process.returncode == 0, process.stdout[-4000:]
