@@ -8,6 +8,7 @@ os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler counts memory he
 
 import argparse
 import importlib.util
+import logging
 import shlex
 import subprocess
 import sys
@@ -50,7 +51,7 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
     )
     p.add_argument("--cpu", action="store_true", help="the CPU rows, even where there is a GPU")
     p.add_argument("--threads", type=int, help="CPU threads (default: all)")
-    p.add_argument("--seconds", type=float, default=1.5, help="of timing per row (default 1.5)")
+    p.add_argument("--seconds", type=float, default=1.0, help="of timing per row (default 1)")
     p.add_argument("--no-compile", action="store_true", help="leave the torch.compile columns out")
     p.add_argument(
         "--repeats", type=int, default=1, help="separate processes, merged; published figures: 3"
@@ -206,6 +207,8 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     from bench.gate import Oracles
     from bench.rows import FORWARD, PASSES, TRAINING, benches
 
+    # says on every machine without a GPU that there is none
+    logging.getLogger("torch.utils.cpp_extension").setLevel(logging.ERROR)
     if options.threads:
         torch.set_num_threads(options.threads)
     screen = screens.Screen(options.plain)
@@ -219,7 +222,7 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         notes.append(problem)
     if about["load"] > 0.5 * about["cores"]:
         notes.append(
-            f"the machine is busy (load {about['load']:.1f} on {about['cores']} cores): expect noise"
+            f"the machine is busy (load {about['load']:.1f}, {about['cores']} cores): expect noise"
         )
     settings = {
         "command": shlex.join(["python", "-m", "bench", *arguments]),

@@ -112,11 +112,11 @@ def compile_problem(device: torch.device) -> str | None:
     """Why torch.compile cannot work here, in one sentence; None when it should."""
     compiler = os.environ.get("CXX") or "g++"
     if not (shutil.which(compiler) or shutil.which("clang++")):
-        return f"torch.compile columns are left out: no C++ compiler ({compiler}) was found; install g++"
+        return f"torch.compile is left out: no C++ compiler ({compiler}) was found; install g++"
     header = Path(sysconfig.get_paths()["include"], "Python.h")
     if not header.exists():
         return (
-            f"torch.compile columns are left out: the Python headers are missing ({header}); "
+            f"torch.compile is left out: the Python headers are missing ({header}); "
             "install python3-dev"
         )
     return None
@@ -174,7 +174,7 @@ def _pool() -> concurrent.futures.ThreadPoolExecutor:
 
 
 def streaming_copy(out: torch.Tensor, x: torch.Tensor) -> None:
-    """memmove on every thread: libc streams large blocks past the cache, copy_ writes through it."""
+    """memmove on every thread: libc streams large blocks past the cache, copy_ does not."""
     parts = torch.get_num_threads()
     total = x.numel() * x.element_size()
     step = -(-total // parts)
@@ -189,7 +189,7 @@ def streaming_copy(out: torch.Tensor, x: torch.Tensor) -> None:
 
 
 def copy_bandwidth(device: torch.device, seconds: float = 1.5) -> dict[str, Any]:
-    """GB/s (one read and one write), the fastest of many: from memory in each form, and in cache."""
+    """GB/s (one read, one write), the fastest of many: from memory in each form, in cache."""
     cache = last_level_cache(device)
     size = max(4 * cache, 64 << 20)
     n = size // 4

@@ -126,7 +126,8 @@ def networks(rows: list[Mapping[str, Any]]) -> Any:
         axes.invert_yaxis()
         axes.set_xlim(left=0)
         axes.set_xlabel(
-            "whole network: times faster than eager (red), torch.compile (blue); green: eager if SE cost nothing"
+            "whole network: times faster than eager (red), torch.compile (blue); "
+            "green: eager if SE cost nothing"
         )
         return figure
 
@@ -147,6 +148,7 @@ def memory(rows: list[Mapping[str, Any]]) -> Any:
         axes.set_yticks(range(len(rows)), [_label(r) for r in rows])
         axes.invert_yaxis()
         axes.set_xlabel(
-            "peak memory of forward+backward beyond its inputs, in sizes of x: ours (green), eager (red)"
+            "peak memory of forward+backward beyond its inputs, in sizes of x: "
+            "ours (green), eager (red)"
         )
         return figure

@@ -102,7 +102,8 @@ def headlines(results: Mapping[str, Any]) -> list[tuple[str, str]]:
                 found.append(
                     (
                         f"{mean:.2f}×",
-                        f"as fast as {name}, one layer, {what}: mean of {len(rows)} rows, worst {min(rows):.2f}",
+                        f"as fast as {name}, one layer, {what}: mean of {len(rows)} rows, "
+                        f"worst {min(rows):.2f}",
                     )
                 )
     wholes = [r["ratios"]["eager"] for r in results["models"] if r["ratios"]]

@@ -117,7 +117,7 @@ class _Measurement:
         }
 
     def _input_sets(self, total: int) -> Sets:
-        """Copies of the inputs and output gradients that together pass ``total`` bytes, to rotate."""
+        """Copies of inputs and output gradients that together pass ``total`` bytes, to rotate."""
         e = self.expected
         size = sum(t.numel() * t.element_size() for t in (*e.tensors.values(), *e.grad_outputs))
         sets = []
@@ -140,7 +140,7 @@ class _Measurement:
         return forward if which == FORWARD else training
 
     def _eager_calls(self, row: dict[str, Any]) -> dict[str, clock.Call]:
-        """The fastest formulation in this layout, and in the other layout where both are measured."""
+        """The fastest formulation here, and the same in the other layout for grouped rows."""
         which = row["pass"]
         calls = {name: self._bind(f, self.sets, which) for name, f in self.eager.items()}
         best = self._fastest(calls, len(self.sets))
@@ -186,7 +186,7 @@ class _Measurement:
     def _first_compiled(
         self, row: dict[str, Any], name: str, function: Function
     ) -> clock.Call | None:
-        """Compiles, counts the seconds, gates ours; a failure leaves the column out and says why."""
+        """Compiles, counts the seconds, gates ours; a failure leaves the column out, with why."""
         call = self._bind(function, self.sets, row["pass"])
         start = time.perf_counter()
         try:
@@ -213,7 +213,7 @@ class _Measurement:
         return calls
 
     def _time(self, row: dict[str, Any], calls: dict[str, clock.Call]) -> None:
-        """cold: rotating past three times the cache; hot: one set; launched: outside a CUDA graph."""
+        """cold: sets past three times the cache; hot: one set; launched: outside a CUDA graph."""
         modes = {"cold": list(calls)}
         if self.subject.map_bytes < machine.last_level_cache(self.device):
             modes["hot"] = list(calls)

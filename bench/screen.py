@@ -45,17 +45,19 @@ MODEL = (
 LAYOUT = {"channels_first": "first", "channels_last": "last"}
 PASS = {"forward": "fwd", "forward+backward": "fwd+bwd"}
 KERNEL_LEGEND = (
-    "ours, eager, compile: median ms per call, inputs rotated past 3x the last-level cache (cold) · ±%: interquartile "
-    "range over median · ×: how many times ours is faster than the fastest eager formulation in this layout, and than "
-    "torch.compile · inside: ours inside torch.compile against torch.compile · GB/s: of the fewest bytes possible · %copy: of the "
-    "fastest copy seen (~: the data partly fits in cache, no hard limit) · MB: peak memory of a call beyond its inputs "
-    "· error: against float64, over eager's own (2 is the limit) · –: not measured in this run"
+    "ours, eager, compile: median ms per call, inputs rotated past 3x the last-level cache (cold) "
+    "· ±%: interquartile range over median · ×: how many times ours is faster than the fastest "
+    "eager formulation in this layout, and than torch.compile · inside: ours inside torch.compile "
+    "against torch.compile · GB/s: of the fewest bytes possible · %copy: of the fastest copy seen "
+    "(~: partly in cache, no hard limit) · MB: peak memory of a call beyond its inputs · error: "
+    "against float64, over eager's own (2 is the limit) · –: not measured in this run"
 )
 MODEL_LEGEND = (
-    "layout: channels first or last, where eager is faster · SE %: time of eager that goes away when its "
-    "squeeze-and-excitation modules do nothing · limit×: the speed-up if they cost nothing · error: outputs and gradients, "
-    "against the network in float64, over eager's own (2 is the limit) · training step: forward and backward, dropout off · "
-    "weights are random, batch norms settled on the photographs"
+    "layout: channels first or last, where eager is faster · SE %: time of eager that goes away "
+    "when its squeeze-and-excitation modules do nothing · limit×: the speed-up if they cost "
+    "nothing · error: outputs and gradients, against the network in float64, over eager's own (2 "
+    "is the limit) · training: forward and backward, dropout off · weights are random and seeded, "
+    "batch norms settled on the photographs"
 )
 
 
@@ -125,34 +127,39 @@ def model_cells(row: Mapping[str, Any]) -> dict[str, str]:
 def header_lines(results: Mapping[str, Any]) -> list[str]:
     m, s = results["machine"], results["settings"]
     copy, allocator = m["copy"], m["allocator"]
+    cache = m["llc_bytes"] / 2**20
     lines = [
-        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, kernels {m['isa'] or 'not built'}, "
-        f"last-level cache {m['llc_bytes'] / 2**20:.0f} MiB"
+        f"{m['cpu']}, {m['cores']} cores, {m['threads']} threads, "
+        f"kernels {m['isa'] or 'not built'}, last-level cache {cache:.0f} MiB"
     ]
     if m["device"] == "cuda":
         lines.append(
-            f"{m['gpu']} (sm {m['capability']}), CUDA {m['cuda']}, driver {m['driver']}, clocks {m['clocks']}"
+            f"{m['gpu']} (sm {m['capability']}), CUDA {m['cuda']}, driver {m['driver']}, "
+            f"clocks {m['clocks']}"
         )
     lines.append(
-        f"torch {m['torch']}, Python {m['python']}, attnkern {m['attnkern']} at {m['commit']}, {m['os']}"
+        f"torch {m['torch']}, Python {m['python']}, attnkern {m['attnkern']} at {m['commit']}, "
+        f"{m['os']}"
     )
     forms = ", ".join(f"{n} {v:.4g}" for n, v in copy["forms_GBps"].items())
     lines.append(
-        f"copy: {copy['memory_GBps']:.4g} GB/s from memory ({forms}), {copy['cache_GBps']:.4g} in cache"
+        f"copy: {copy['memory_GBps']:.4g} GB/s from memory ({forms}), "
+        f"{copy['cache_GBps']:.4g} in cache"
     )
+    text = f"allocator: {allocator['kind']}"
     if "copy_100MB_warm_ms" in allocator:
-        lines.append(
-            f"allocator: {allocator['kind']}; a fresh 100 MB result costs {allocator['copy_100MB_default_ms']:.3g} ms "
-            f"with malloc's defaults, {allocator['copy_100MB_warm_ms']:.3g} ms with pages kept, as timed here"
+        before, after = allocator["copy_100MB_default_ms"], allocator["copy_100MB_warm_ms"]
+        text += (
+            f"; a fresh 100 MB result costs {before:.3g} ms with malloc's defaults, "
+            f"{after:.3g} ms with pages kept, as timed here"
         )
-    else:
-        lines.append(f"allocator: {allocator['kind']}")
+    lines.append(text)
     lines.append(f"implementations: {', '.join(s['impls'])}")
     return lines
 
 
 class Screen:
-    """Prints with rich on a terminal, plain lines elsewhere; what is running shows on a terminal."""
+    """Prints with rich on a terminal, where it also shows what is running; else plain lines."""
 
     def __init__(self, plain: bool, quiet: bool = False):
         self.quiet = quiet

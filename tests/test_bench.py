@@ -1,8 +1,9 @@
-"""The benchmark: a wrong kernel gets no speed-up, an impossible figure is refused, files say what ran."""
+"""The benchmark: no speed-up for a wrong kernel or an impossible figure, files that say what ran."""
 
 from __future__ import annotations
 
 import copy
+import csv
 import dataclasses
 import functools
 import html.parser
@@ -155,7 +156,9 @@ def test_red_gate_fails_the_command_and_prints_no_speedup(plant, quick, capsys, 
         assert not any(character.isdigit() for character in line.split("fwd")[1])
     assert "gate red, no speed-up is given (reference)" in printed
     assert len(results.failures(results.load(out / "results.json"))) == 2
-    assert "speedup" in (out / "results.csv").read_text().splitlines()[0]
+    with (out / "results.csv").open() as file:
+        lines = list(csv.DictReader(file))
+    assert [(line["gate"], line["times_ours"]) for line in lines] == [("red", "")] * 2
 
 
 @pytest.mark.parametrize("formulation", list(rows.benches()["squeeze_excite"].formulations))
@@ -254,12 +257,13 @@ def test_losses_are_listed_and_targets_missed():
     row = fabricated(ours=0.2, copy=0.1)
     row["times"]["eager"] = {"cold": clock.Stats.of([0.1] * 3).dict()}
     results.derive(row, copy_GBps=5.0, cache=1)
-    file = {"kernels": [row], "models": []}
+    file = {"kernels": [row], "models": [], "machine": {"device": "cpu"}}
     assert results.losses(file) == [f"{row['key']}, cold: 0.50 x eager"]
     (reached,) = results.against_targets(
         file, [rows.Target("SE", rows.FORWARD, ("fp32",), 1.6, 1.7)]
     )
     assert (reached["met"], reached["worst_key"]) == (False, row["key"])
+    assert (reached["rows"], reached["of"]) == (1, 6)  # one of the table's six was run
     assert reached["reached"] == pytest.approx(0.5)
 
 
