@@ -43,6 +43,9 @@ class Report:
     ``implementation`` is what serves the module's parameters as they lie now; ``impl="auto"``
     chooses anew at every call.  The reason of a replaced row, if any, says why the block around it
     is not fused as well.
+
+    >>> attnkern.optimize(model).skipped
+    []
     """
 
     replaced: list[Row] = field(default_factory=list)
@@ -112,7 +115,10 @@ def optimize(
 
 
 def restore(model: nn.Module) -> None:
-    """Undo `optimize`: every module runs its class's forward again."""
+    """Undo `optimize`: every module runs its class's forward again.
+
+    >>> attnkern.restore(model)
+    """
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():

@@ -373,7 +373,8 @@ def _run(
             )
     x = _layout.as_readable(x)
     if residual is not None:
-        residual = _layout.like(residual, x)
+        # torch.compile takes no tensor twice in one autograd.Function
+        residual = _layout.like(x.view_as(x) if residual is x else residual, x)
     w1, b1, w2, b2, act_weight = (
         t if t is None or t.is_contiguous() else t.contiguous()
         for t in (w1, b1, w2, b2, act_weight)

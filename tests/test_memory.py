@@ -1,0 +1,128 @@
+"""Memory of training: what is kept for backward, and what is allocated on the way."""
+
+from __future__ import annotations
+
+import gc
+import weakref
+
+import pytest
+import torch
+from conftest import calls
+
+from attnkern import testing
+from attnkern.functional import squeeze_excite
+
+B, C, L, R = 4, 64, 4096, 16
+MAP = B * C * L * 4
+SMALL = 2 * B * C * 4
+"""Bytes of a feature map, and of the largest [B, C]-sized tensor (the 2C logits of scale_shift)."""
+
+
+def _inputs(target, **more):
+    shapes = {"x": (B, C, L), "w1": (R, C), "b1": (R,), "w2": (C, R), "b2": (C,), **more}
+    generator = torch.Generator().manual_seed(0)
+    return {
+        k: torch.randn(s, generator=generator).to(target.device).requires_grad_() for k, s in shapes.items()
+    }
+
+
+def _saved_bytes(target, tensors, **options):
+    """Bytes kept for backward that are not an input of the call."""
+    inputs = {t.untyped_storage().data_ptr() for t in tensors.values()}
+    kept = {}
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in inputs:
+            kept[t.untyped_storage().data_ptr()] = t.untyped_storage().nbytes()
+        return t
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        y = squeeze_excite(**tensors, **options, impl=target.impl)
+    assert y.untyped_storage().data_ptr() not in kept, "the output is saved"
+    return sum(kept.values())
+
+
+def _allocations(target, function):
+    """Sizes of all allocations while ``function`` runs, C++ included."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if target.device == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    with torch.profiler.profile(activities=activities, profile_memory=True) as profile:
+        result = function()
+    events = profile.profiler.kineto_results.events()
+    sizes = [e.nbytes() for e in events if e.name() == "[memory]" and e.nbytes() > 0]
+    assert sizes, "the profiler saw no allocation"
+    return sizes, result
+
+
+@pytest.mark.parametrize("out_act", ["identity", "relu", "relu6"])
+def test_training_keeps_only_small_tensors_and_a_bit_an_element(target, out_act):
+    if target.impl == "reference":
+        pytest.skip("the reference keeps what autograd keeps")
+    bits = 0 if out_act == "identity" else B * C * L // 8
+    for more in ({}, {"residual": (B, C, L)}):
+        tensors = _inputs(target, **more)
+        kept = _saved_bytes(target, tensors, out_act=out_act)
+        assert kept <= bits + 2 * SMALL, "mean, hidden and logits, and the bits of the activation"
+        assert kept >= bits
+
+
+@pytest.mark.parametrize("out_act", ["identity", "relu"])
+def test_nothing_larger_than_small_is_allocated_besides_y_and_dx(target, out_act):
+    """A workspace holds a few partial sums a thread or block, never a map."""
+    if target.impl == "reference":
+        pytest.skip("the reference allocates what autograd allocates")
+    tensors = _inputs(target)
+    options = dict(out_act=out_act, impl=target.impl)
+    sizes, y = _allocations(target, lambda: squeeze_excite(**tensors, **options))
+    bits = B * C * L // 8
+    assert sorted(s for s in sizes if s > MAP // 64) == ([bits] if out_act == "relu" else []) + [MAP]
+    dy = torch.randn_like(y)
+    sizes, _ = _allocations(target, lambda: torch.autograd.grad(y, list(tensors.values()), dy))
+    assert [s for s in sizes if s > MAP // 64] == [MAP]
+
+
+def test_eager_keeps_and_allocates_more(target):
+    """The yardstick is real: the same measurement sees eager's maps."""
+    (call,) = calls("resnet")
+    tensors = _inputs(target)
+    sizes, y = _allocations(target, lambda: call.spec.eager(**tensors, out_act="relu"))
+    assert sum(s >= MAP for s in sizes) >= 2
+    sizes, _ = _allocations(target, lambda: y.sum().backward())
+    assert sum(s >= MAP for s in sizes) >= 2
+
+
+def test_nothing_is_kept_alive(target):
+    """No cycle holds the maps: they go with the last reference, collector off."""
+    gc.collect()
+    gc.disable()
+    try:
+        tensors = _inputs(target)
+        y = squeeze_excite(**tensors, out_act="relu", impl=target.impl)
+        seen = [weakref.ref(y), weakref.ref(tensors["x"])]
+        y.sum().backward()
+        del y, tensors
+        assert [ref() for ref in seen] == [None, None]
+    finally:
+        gc.enable()
+
+
+def test_the_memory_of_admitted_calls_is_bounded(target):
+    from attnkern.ops.squeeze_excite import op
+
+    w = torch.ones(1, 1, device=target.device)
+    for length in range(1, 1200):
+        squeeze_excite(torch.ones(1, 1, length, device=target.device), w, impl=target.impl)
+    assert len(op._admitted) <= 1024
+
+
+def test_inference_allocates_no_bits(target):
+    if target.impl == "reference":
+        pytest.skip("the reference has no bits")
+    tensors = _inputs(target)
+    with torch.no_grad():
+        sizes, y = _allocations(
+            target, lambda: squeeze_excite(**tensors, out_act="relu", impl=target.impl)
+        )
+    assert [s for s in sizes if s > MAP // 64] == [MAP]
+    assert testing.as_tuple(y)[0].grad_fn is None
