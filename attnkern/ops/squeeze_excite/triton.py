@@ -1,4 +1,4 @@
-"""squeeze_excite in Triton, the portable GPU path: launchers of triton_kernels.py.
+"""squeeze_excite in Triton, the portable GPU path: launchers of the kernels beside it.
 
 Forward: pool (reads x), the MLP, rescale (reads x and the residual, writes y).
 Backward: reduce (reads dy and x), the MLP's gradients, apply (reads dy, writes dx).
@@ -19,13 +19,12 @@ from attnkern import _layout
 from attnkern._triton import LAUNCH
 from attnkern._triton.linear import Layer, sum_rows
 from attnkern.ops.squeeze_excite.reference import Options
-from attnkern.ops.squeeze_excite.triton_kernels import (
+from attnkern.ops.squeeze_excite.triton_backward import (
     apply_grad_kernel,
     logits_grad_kernel,
-    pool_kernel,
     reduce_kernel,
-    rescale_kernel,
 )
+from attnkern.ops.squeeze_excite.triton_forward import pool_kernel, rescale_kernel
 
 Arguments = dict[str, Any]
 
