@@ -1,4 +1,4 @@
-"""The benchmark: no speed-up for a wrong kernel or an impossible figure, files that say what ran."""
+"""The benchmark: no speed-up for a wrong kernel or an impossible figure; files say what ran."""
 
 from __future__ import annotations
 
