@@ -78,7 +78,12 @@ def test_positional_arguments_are_in_timms_order():
     for (name, want), (same, got) in zip(
         theirs.state_dict().items(), ours.state_dict().items(), strict=True
     ):
-        assert (name, want.shape, want.dtype, want.device) == (same, got.shape, got.dtype, got.device)
+        assert (name, want.shape, want.dtype, want.device) == (
+            same,
+            got.shape,
+            got.dtype,
+            got.device,
+        )
     assert ours.options["act"] == "silu"
     assert ours.options["gate"] == "hard_sigmoid"
 
@@ -131,7 +136,9 @@ def test_every_option_reaches_the_operator(spatial_dims, target):
     x, residual = torch.randn(2, 2, 8, *(4, 3, 2)[:spatial_dims], device=target.device)
     drop_path = torch.tensor([0.0, 1.5], device=target.device)
     m = x.flatten(2).mean(2)
-    h = nn.functional.leaky_relu(nn.functional.linear(m, module.fc1.weight.flatten(1), module.fc1.bias), 0.2)
+    h = nn.functional.leaky_relu(
+        nn.functional.linear(m, module.fc1.weight.flatten(1), module.fc1.bias), 0.2
+    )
     z = nn.functional.linear(h, module.fc2.weight.flatten(1), module.fc2.bias)
     ones = (2, 8, *(1,) * spatial_dims)
     s, t = (0.3 * z[:, :8] + 0.4).clamp(0, 1).view(ones), z[:, 8:].view(ones)
