@@ -5,10 +5,14 @@ from __future__ import annotations
 import importlib
 from typing import Any
 
+import torch
+
 from attnkern import _library
 from attnkern._select import _interpreting
 
-LAUNCH: dict[str, Any] = {"num_warps": 4, "maxnreg": 128, "enable_fp_fusion": True}
+LAUNCH: dict[str, Any] = {"num_warps": 4, "enable_fp_fusion": True}
+if torch.version.hip is None:
+    LAUNCH["maxnreg"] = 128
 """Options of every launch: four blocks of 128 threads share a processor's 65536 registers.
 
 Left to itself ptxas aims at 56 to 80 registers and spills 8 bytes in some kernels.  Fusion is
