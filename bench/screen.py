@@ -227,9 +227,12 @@ def summary(screen: Screen, results: Mapping[str, Any], targets: list[Any]) -> N
     reached = against_targets(results, targets)
     if reached:
         screen.line()
-        screen.line("against the targets (geometric mean, and no row under 1)", "bold")
+        screen.line(
+            "against the targets (geometric mean, no row under 1; part: met by the rows that ran)",
+            "bold",
+        )
         for r in reached:
-            mark = "met   " if r["met"] else "missed"
+            mark = "missed" if not r["met"] else "met   " if r["rows"] == r["of"] else "part  "
             screen.line(
                 f"  {mark} {r['reached']:6.2f} of {r['target']:<5g} {r['unit']:<10} {r['what']}: "
                 f"{r['rows']} of {r['of']} rows, lowest {r['worst']:.2f} ({r['worst_key']})",
