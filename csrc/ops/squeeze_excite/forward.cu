@@ -78,6 +78,7 @@ size_t forward_workspace_cuda(const ForwardParams& p, const Plan& plan, const De
 
 Status launch_forward_cuda(const ForwardParams& p, const Plan& plan, const Device& device, void* stream) {
   if (p.sizes.batch == 0) return {};
+  if (plan.chunk > INT32_MAX) return {"a mask cannot be saved for channels of an odd length beyond 2^31"};
   const Carved w = carve(p, plan, device, p.workspace);
   return visit_map(p.dtype, p.layout, [&](auto kind, auto last) -> Status {
     using T = decltype(kind);

@@ -122,7 +122,7 @@ struct PieceMask {
 // Arrays in shared memory, in the order of plan.cpp's shared_bytes: the map's elements first, then what is per channel.
 struct Arrays {
   int scratch_offset;
-  Shared<float> scratch;    // [8 threads]
+  Shared<float> scratch;    // [scratch, threads]
   Shared<float> sums;       // [sums, channels_here]
   Shared<float> heads;      // the same, of accesses that began in the row before; channels first
   Shared<float> a, t, k;    // [channels_here] coefficients: y = a x + t, dx = a v + k
@@ -136,12 +136,12 @@ struct Arrays {
     SharedArena arena{plan.held_bytes};
     const int own = plan.channels_own * (p.sizes.width > p.sizes.channels ? 2 : 1);
     scratch_offset = arena.offset;
-    scratch = arena.take<float>(8 * plan.threads);
+    scratch = arena.take<float>(plan.scratch * plan.threads);
     sums = arena.take<float>(plan.sums * plan.channels_here);
     heads = p.layout == Layout::channels_last ? sums : arena.take<float>(plan.sums * plan.channels_here);
     a = arena.take<float>(plan.channels_here);
     t = arena.take<float>(plan.channels_here);
-    k = arena.take<float>(plan.channels_here);
+    k = plan.sums == 1 ? a : arena.take<float>(plan.channels_here);  // backward's alone
     in = arena.take<float>(own);
     out = arena.take<float>(own);
     exchange = arena.take<float>(plan.exchange);

@@ -17,7 +17,8 @@ constexpr double kBarrier = 2.0;        // between the last byte loaded and the 
 constexpr double kClusterBarrier = 0.3;  // more per doubling of the cluster
 constexpr int64_t kPieceBytes = 64 << 10;  // of a work item: 64 KB, 2 us of one SM's share
 constexpr int64_t kLeastPieceBytes = 16 << 10;
-constexpr int64_t kMostPieces = 1024;      // of a sample, so that partial sums stay small beside the map
+constexpr int64_t kMostPieces = 1024;      // of a sample, so that partial sums stay small beside the map;
+constexpr int64_t kMostElements = 1 << 30;  // but more where a piece would outgrow its 32-bit offsets
 constexpr int64_t kMostChannels = 2048;    // that a work item touches: their sums and coefficients are in shared memory
 constexpr double kHeavyWeights = 1.0;      // batched where MLP bytes exceed the map's two trips; L2 feeds both
 constexpr int64_t kLeastBatch = 16;        // below it a matrix product has nothing to share
@@ -30,9 +31,20 @@ int64_t array_bytes(int64_t floats) { return round_up(4 * floats, 16); }
 // Bytes of the arrays of piece.cuh, in its order.
 int64_t shared_bytes(const Problem& p, const Plan& plan) {
   const int64_t own = plan.channels_own * (p.width > p.channels ? 2 : 1);
-  return plan.held_bytes + array_bytes(8 * plan.threads) + array_bytes(int64_t{plan.sums} * plan.channels_here) * (p.channels_last ? 1 : 2) +
-         3 * array_bytes(plan.channels_here) + 2 * array_bytes(own) + array_bytes(plan.exchange) +
+  return plan.held_bytes + array_bytes(plan.scratch * plan.threads) + array_bytes(int64_t{plan.sums} * plan.channels_here) * (p.channels_last ? 1 : 2) +
+         (1 + plan.sums) * array_bytes(plan.channels_here) + 2 * array_bytes(own) + array_bytes(plan.exchange) +
          array_bytes(plan.hidden) + 2 * array_bytes(2);
+}
+
+// Words of a thread's accesses or columns between two barriers; flags of the mask, a byte an access, need most.
+int scratch_of(const Problem& p, const Plan& plan) {
+  if (p.maskable) return 8;
+  if (p.channels_last) return plan.vector;
+  return plan.sums == 1 ? kForwardUnroll : plan.sums * kBackwardUnroll;
+}
+
+bool mask_fits(const Problem& p, const Plan& plan) {
+  return !p.maskable || plan.vector == 1 || plan.chunk / plan.vector <= 4 * plan.scratch * plan.threads;
 }
 
 void mlp_arrays(const Problem& p, Plan& plan, int64_t own) {
@@ -88,6 +100,7 @@ Candidate resident(const Problem& p, const Device& device, int cluster, int doub
   if (elements * p.dtype_bytes > int64_t{device.shared_bytes_per_block} * cluster) return c;
   cut(p, plan, p.channels_last ? ceil_div(p.length, cluster) * p.channels : ceil_div(elements, cluster));
   plan.pieces = cluster;
+  plan.scratch = scratch_of(p, plan);
   plan.held_bytes = static_cast<int>(round_up(plan.chunk * p.dtype_bytes, 16));
   mlp_arrays(p, plan,
              p.channels_last ? ceil_div(p.channels, cluster) : std::min(p.channels, plan.chunk / p.length + 1));
@@ -98,8 +111,7 @@ Candidate resident(const Problem& p, const Device& device, int cluster, int doub
     const int64_t bytes = shared_bytes(p, plan);
     const int64_t limit = std::min<int64_t>(device.shared_bytes_per_block, device.shared_bytes_per_sm / blocks - 1024);
     if (bytes > limit) continue;
-    // Flags of the mask take a byte an access, in the scratch of 8 floats a thread.
-    if (p.maskable && plan.vector > 1 && plan.chunk / plan.vector > 32 * plan.threads) continue;
+    if (!mask_fits(p, plan)) continue;
     plan.shared_bytes = static_cast<int>(bytes);
     plan.grid = std::min<int64_t>(p.batch, 1 << 20) * cluster;
     const int trips = p.direction == Direction::forward ? 2 : 3;
@@ -137,11 +149,12 @@ Plan streamed(const Problem& p, const Device& device, Strategy strategy, const F
   // Two items an SM at least, so that small batches fill the device.
   const int64_t share = ceil_div(std::max<int64_t>(p.batch, 1) * elements, 4 * device.sm_count) * p.dtype_bytes;
   int64_t target = std::clamp(share, kLeastPieceBytes, kPieceBytes) / p.dtype_bytes;
-  target = std::max(target, ceil_div(elements, kMostPieces));
+  target = std::min(std::max(target, ceil_div(elements, kMostPieces)), kMostElements);
   if (force.chunk) target = force.chunk;
   if (!p.channels_last) target = std::min({target, elements, kMostChannels * p.length});
   cut(p, plan, target);
-  if (p.maskable && plan.vector > 1 && plan.chunk / plan.vector > 32 * plan.threads) {
+  plan.scratch = scratch_of(p, plan);
+  if (!mask_fits(p, plan)) {
     plan.vector = 1;  // rows of an odd length that only fill a whole access many at a time
     cut(p, plan, target);
   }

@@ -36,6 +36,11 @@ struct Device : cuda::DeviceProperties {
   int clusters[5] = {132, 66, 32, 15, 8};  // of 1, 2, 4, 8, 16 blocks, one block an SM, resident at once
 };
 
+// Accesses of every map that a thread keeps in flight in the sweep of sums. Forward 48 bytes a thread, 24 KB an SM: 3.2 MB
+// on 132, of 3 needed; backward two maps of 32. More spills: a thread has 128 registers.
+constexpr int kForwardUnroll = 3;
+constexpr int kBackwardUnroll = 2;
+
 struct Plan {
   Strategy strategy;
   int threads;
@@ -51,6 +56,7 @@ struct Plan {
   // Capacities of the arrays in shared memory (piece.cuh): bytes of elements that stay, then floats.
   int held_bytes;
   int sums;           // that a channel has
+  int scratch;        // a thread
   int channels_here;  // channels a piece touches
   int channels_own;   // channels whose MLP rows a block computes
   int exchange;       // partial results of the first layer

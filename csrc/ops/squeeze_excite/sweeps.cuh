@@ -23,7 +23,7 @@ ATTNKERN_DEVICE int power_of_two_above(int64_t n, int most) {
 template <int V, bool keep, Cache hint, class Stage>
 ATTNKERN_DEVICE void sum_rows(const Stage& stage, const Piece& piece, const Plan& plan) {
   using T = typename Stage::Element;
-  constexpr int sums = Stage::kSums, unroll = Stage::kUnroll;
+  constexpr int sums = Stage::kSums, unroll = V > 1 ? Stage::kUnroll : 1;
   const auto& s = stage.s;
   const int threads = block_size(), tile = threads * unroll, accesses = piece.count / V;
   for (int i = thread_index(); i < sums * plan.channels_here; i += threads) {
@@ -91,7 +91,7 @@ ATTNKERN_DEVICE void sum_rows(const Stage& stage, const Piece& piece, const Plan
 template <int V, bool keep, Cache hint, class Stage>
 ATTNKERN_DEVICE void sum_columns(const Stage& stage, const Piece& piece, const Plan& plan) {
   using T = typename Stage::Element;
-  constexpr int sums = Stage::kSums, unroll = Stage::kUnroll;
+  constexpr int sums = Stage::kSums, unroll = V > 1 ? Stage::kUnroll : 1;
   const auto& s = stage.s;
   const int threads = block_size(), columns = static_cast<int>(piece.columns), packs = columns / V;
   for (int begin = 0; begin < packs; begin += threads) {
@@ -203,9 +203,9 @@ ATTNKERN_DEVICE void rescale_piece(const Stage& stage, const Piece& piece, const
   const bool masks = !Stage::kBackward && stage.mask.data;
   if (V == 1 && masks) return rescale_bytes<resident>(stage, piece);
   const bool by_access = V == 8 && piece.columns % 8 == 0;
-  const auto flags = cuda::Shared<uint8_t>::at(stage.s.scratch_offset, masks && !by_access ? 32 * plan.threads : 0);
+  const auto flags = cuda::Shared<uint8_t>::at(stage.s.scratch_offset, masks && !by_access ? 4 * plan.scratch * plan.threads : 0);
 
-  constexpr int unroll = 2;
+  constexpr int unroll = V > 1 ? 2 : 1;
   const int threads = block_size(), accesses = piece.count / V;
   for (int begin = thread_index(); begin < accesses; begin += threads * unroll) {
     typename Stage::template Loaded<V> in[unroll];
