@@ -33,7 +33,11 @@ def _tracked(*patterns):
             cwd=ROOT, capture_output=True, text=True, check=True,
         ).stdout.split("\n")  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
-        listed = [str(p.relative_to(ROOT)) for top in ("attnkern", "csrc", "tests", "bench") for p in (ROOT / top).rglob("*")]
+        listed = [
+            str(p.relative_to(ROOT))
+            for top in ("attnkern", "csrc", "tests", "bench")
+            for p in (ROOT / top).rglob("*")
+        ]
     paths = [ROOT / name for name in listed if name]
     return [p for p in paths if p.is_file() and any(p.match(pattern) for pattern in patterns)]
 
@@ -73,7 +77,13 @@ class TestOperatorFolder:
 
     def test_reference_imports_torch_and_the_standard_library_alone(self, folder):
         for module in _imports(folder / "reference.py"):
-            assert module.split(".")[0] in ("__future__", "collections", "math", "torch", "typing"), module
+            assert module.split(".")[0] in (
+                "__future__",
+                "collections",
+                "math",
+                "torch",
+                "typing",
+            ), module
 
     def test_module_checks_no_shapes(self, folder):
         forward = [
@@ -91,7 +101,11 @@ def test_there_is_no_central_list_of_operators():
     """Nothing below or beside the operators names one; folders are discovered."""
     names = [folder.name for folder in OPS]
     shared = [p for p in PACKAGE if not p.is_relative_to(ROOT / "attnkern/ops")]
-    allowed = ("functional.py", "nn.py", "_squeeze_excite.py")  # names only; the rules of one operator
+    allowed = (
+        "functional.py",
+        "nn.py",
+        "_squeeze_excite.py",
+    )  # names only; the rules of one operator
     for path in [*shared, ROOT / "CMakeLists.txt", ROOT / "setup.py"]:
         if path.name in allowed or "integrations" in path.parts:
             continue
@@ -134,7 +148,7 @@ def _kernel_files():
     for path in CPP:
         if path.is_relative_to(ROOT / "csrc/ops"):
             text = path.read_text()
-            if path.name in ("kernels.cuh", "kernels.simd.h"):
+            if path.name == "kernels.cuh" or re.search(r"^(maps|mlp)\.simd\.h$", path.name):
                 yield path, text
     for path in PACKAGE:
         text = path.read_text()
@@ -176,7 +190,9 @@ def test_the_repository_speaks_of_the_project_alone():
 
 def test_no_binaries_or_weights_are_tracked():
     for path in _tracked("*"):
-        assert path.suffix not in (".pt", ".pth", ".bin", ".onnx", ".so", ".o", ".whl", ".npz"), _name(path)
+        assert path.suffix not in (".pt", ".pth", ".bin", ".onnx", ".so", ".o", ".whl", ".npz"), (
+            _name(path)
+        )
         assert path.stat().st_size < 1 << 20, _name(path)
 
 
@@ -198,7 +214,9 @@ ASSERTING = re.compile(
 def test_every_test_asserts():
     """By itself, or through a function of its file."""
     for path in sorted((ROOT / "tests").glob("test_*.py")):
-        functions = [n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)]
+        functions = [
+            n for n in ast.walk(ast.parse(path.read_text())) if isinstance(n, ast.FunctionDef)
+        ]
         asserting = {f.name for f in functions if ASSERTING.search(ast.unparse(f))}
         for function in functions:
             if function.name.startswith("test_") and function.name not in asserting:
@@ -233,18 +251,30 @@ def _public():
                 yield f"{module.__name__}.{name}", value
 
 
-@pytest.mark.parametrize(("name", "value"), _public(), ids=lambda v: v if isinstance(v, str) else "")
+@pytest.mark.parametrize(
+    ("name", "value"), _public(), ids=lambda v: v if isinstance(v, str) else ""
+)
 def test_public_names_have_an_example_that_runs(name, value):
     timm = pytest.importorskip("timm") if name == "attnkern.optimize" else None
     assert inspect.getdoc(value), f"{name} has no docstring"
     module = importlib.import_module(value.__module__)
-    names = {**vars(module), **vars(attnkern.functional), "torch": torch, "attnkern": attnkern, "timm": timm}
+    names = {
+        **vars(module),
+        **vars(attnkern.functional),
+        "torch": torch,
+        "attnkern": attnkern,
+        "timm": timm,
+    }
     x = torch.randn(2, 8, 5)
     names.update(x=x, model=torch.nn.Identity())
-    found = [t for t in doctest.DocTestFinder(recurse=False).find(value, name, globs=names) if t.examples]
+    found = [
+        t for t in doctest.DocTestFinder(recurse=False).find(value, name, globs=names) if t.examples
+    ]
     assert found, f"{name} has no example"
     for test in found:
-        result = doctest.DocTestRunner(optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS).run(test)
+        result = doctest.DocTestRunner(
+            optionflags=doctest.NORMALIZE_WHITESPACE | doctest.ELLIPSIS
+        ).run(test)
         assert result.attempted
         assert not result.failed
 

@@ -23,13 +23,27 @@ def _graphs(record):
     from torch._dynamo.backends.common import aot_autograd
 
     def keep(graph, _):
-        record.append([str(node.target) for node in graph.graph.nodes if node.op == "call_function"])
+        record.append(
+            [str(node.target) for node in graph.graph.nodes if node.op == "call_function"]
+        )
         return graph
 
     return aot_autograd(fw_compiler=keep, bw_compiler=keep)
 
 
-KINDS = ("resnet", "ese", "gate_returned", "residual_relu_drop_path", "residual_silu", "lc0", "prelu", "1d", "3d")
+PLUMBING = {f"aten.{name}.default" for name in ("reshape", "view", "detach", "zeros")}
+"""What may surround the kernels: views, and zeros [B, C] for the unused gradient of the logits."""
+KINDS = (
+    "resnet",
+    "ese",
+    "gate_returned",
+    "residual_relu_drop_path",
+    "residual_silu",
+    "lc0",
+    "prelu",
+    "1d",
+    "3d",
+)
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
@@ -58,7 +72,7 @@ def test_the_compiled_graphs_call_the_kernels(call, target):
     assert forward.count(f"attnkern.squeeze_excite_fwd.{target.impl}") == 1
     assert backward.count(f"attnkern.squeeze_excite_bwd.{target.impl}") == 1
     arithmetic = {t for t in forward + backward if t.startswith("aten") and "empty" not in t}
-    assert not arithmetic - {"aten.reshape.default", "aten.view.default", "aten.detach.default"}
+    assert not arithmetic - PLUMBING
 
 
 def test_many_shapes_compile_at_most_twice(target):
@@ -68,9 +82,10 @@ def test_many_shapes_compile_at_most_twice(target):
         return squeeze_excite(x, w1, None, w2, impl=target.impl)
 
     compiled = torch.compile(step, fullgraph=True, dynamic=True, backend=counter)
+    # sizes that are equal in the first call are taken to be equal for good, by torch
     for batch in (2, 3, 8):
-        for channels, hidden in ((8, 2), (24, 6), (96, 16)):
-            for height, width in ((7, 7), (5, 9), (14, 3)):
+        for channels, hidden in ((24, 6), (96, 16), (8, 4)):
+            for height, width in ((5, 9), (7, 7), (14, 3)):
                 x = torch.randn(batch, channels, height, width, device=target.device)
                 w1 = torch.randn(hidden, channels, device=target.device)
                 w2 = torch.randn(channels, hidden, device=target.device)
@@ -106,7 +121,9 @@ def test_a_gradient_of_other_strides_inside_a_compiled_graph(target):
             function(*leaves).backward()
             return [t.grad for t in leaves]
 
-        for got, want in zip(grads(torch.compile(loss, backend="aot_eager")), grads(loss), strict=True):
+        for got, want in zip(
+            grads(torch.compile(loss, backend="aot_eager")), grads(loss), strict=True
+        ):
             torch.testing.assert_close(got, want)
 
 
@@ -116,7 +133,9 @@ def test_squeeze_and_its_gradient(target):
 
     x = torch.randn(2, 5, 3, 4, device=target.device)
     want = testing.run(step, {"x": x}, {})
-    got = testing.run(torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager"), {"x": x}, {})
+    got = testing.run(
+        torch.compile(step, fullgraph=True, dynamic=True, backend="aot_eager"), {"x": x}, {}
+    )
     for (_, g), (_, w) in zip(got.items(), want.items(), strict=True):
         torch.testing.assert_close(g, w)
 

@@ -51,7 +51,10 @@ def test_a_sample_does_not_depend_on_its_neighbours(call, target, channels_last)
     for shift in range(1, size):
         moved = {k: t.roll(shift, 0) if k in per_sample else t for k, t in tensors.items()}
         if channels_last:
-            moved = {k: testing.to_channels_last(t) if k in call.case.maps else t for k, t in moved.items()}
+            moved = {
+                k: testing.to_channels_last(t) if k in call.case.maps else t
+                for k, t in moved.items()
+            }
         got = testing.run(
             call.spec.function, moved, call.case.options, [dy.roll(shift, 0)], impl=target.impl
         )

@@ -180,8 +180,16 @@ def test_the_table_is_complete():
         (squeeze, (None,), r"squeeze: x must be a Tensor, got NoneType"),
         (squeeze, (t(2, 3),), r"squeeze: x must have shape .* got \[2, 3\]"),
         (squeeze, (t(2, 3, 0),), r"squeeze: x must have at least one element along dim 2"),
-        (squeeze, (t(2, 3, 4, dtype=torch.int32),), r"squeeze: x must have dtype .* got torch.int32"),
-        (excite, (t(2, 3, 4), None), r"excite: logits must be given when w1 is None|excite: logits must be a Tensor"),
+        (
+            squeeze,
+            (t(2, 3, 4, dtype=torch.int32),),
+            r"squeeze: x must have dtype .* got torch.int32",
+        ),
+        (
+            excite,
+            (t(2, 3, 4), None),
+            r"excite: logits must be given when w1 is None|excite: logits must be a Tensor",
+        ),
         (excite, (t(2, 3, 4), t(2, 4)), r"excite: logits must have shape \[B=2, 3\], got \[2, 4\]"),
         (excite, (t(2, 3, 4), t(2, 3, dtype=F64)), r"excite: logits must have dtype"),
         (excite, (t(2, 3), t(2, 3)), r"excite: x must have shape"),
@@ -219,7 +227,12 @@ def test_calls_on_the_meta_device_give_shapes():
 
 def test_the_memory_of_good_calls_does_not_admit_bad_ones():
     squeeze_excite(**good(), gain=1.0)
-    for change in ({"x": t(2, 9, 5, 5)}, {"w1": t(4, 8, dtype=F64)}, {"act": "prelu"}, {"gain": t(1)}):
+    for change in (
+        {"x": t(2, 9, 5, 5)},
+        {"w1": t(4, 8, dtype=F64)},
+        {"act": "prelu"},
+        {"gain": t(1)},
+    ):
         with pytest.raises((ValueError, TypeError)):
             squeeze_excite(**{**good(), **change})
 

@@ -66,5 +66,7 @@ def test_ahead_of_time_package(target, tmp_path):
     x = torch.randn(2, 12, 5, 7, device=target.device)
     with torch.no_grad():
         program = torch.export.export(model, (x,))
-        package = torch._inductor.aoti_compile_and_package(program, package_path=str(tmp_path / "block.pt2"))
+        package = torch._inductor.aoti_compile_and_package(
+            program, package_path=str(tmp_path / "block.pt2")
+        )
         torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), model(x))

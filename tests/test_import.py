@@ -30,7 +30,12 @@ def _without(*names):
 
 @pytest.mark.parametrize(
     "names",
-    [("triton",), ("attnkern._C",), ("timm", "torchvision"), ("triton", "attnkern._C", "timm", "torchvision")],
+    [
+        ("triton",),
+        ("attnkern._C",),
+        ("timm", "torchvision"),
+        ("triton", "attnkern._C", "timm", "torchvision"),
+    ],
     ids=lambda names: "+".join(names),
 )
 def test_works_without(names):
@@ -81,7 +86,9 @@ def test_import_leaves_torch_alone():
 def test_a_copy_with_no_compiled_part_serves_through_the_reference(tmp_path):
     """What an install without a compiler is: the Python files alone."""
     source = Path(attnkern.__file__).parent
-    shutil.copytree(source, tmp_path / "attnkern", ignore=shutil.ignore_patterns("_C*", "__pycache__"))
+    shutil.copytree(
+        source, tmp_path / "attnkern", ignore=shutil.ignore_patterns("_C*", "__pycache__")
+    )
     code = f"""
         import sys
         sys.path.insert(0, {str(tmp_path)!r})
@@ -103,7 +110,9 @@ class _Dataset(torch.utils.data.Dataset):
 
     def __getitem__(self, index):
         x = torch.full((1, 4, 3), float(index))
-        return attnkern.functional.squeeze_excite(x, torch.eye(4), gate="identity", apply="scale")[0]
+        return attnkern.functional.squeeze_excite(x, torch.eye(4), gate="identity", apply="scale")[
+            0
+        ]
 
 
 @pytest.mark.parametrize("method", ["fork", "spawn"])

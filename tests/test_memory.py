@@ -22,7 +22,8 @@ def _inputs(target, **more):
     shapes = {"x": (B, C, L), "w1": (R, C), "b1": (R,), "w2": (C, R), "b2": (C,), **more}
     generator = torch.Generator().manual_seed(0)
     return {
-        k: torch.randn(s, generator=generator).to(target.device).requires_grad_() for k, s in shapes.items()
+        k: torch.randn(s, generator=generator).to(target.device).requires_grad_()
+        for k, s in shapes.items()
     }
 
 
@@ -76,7 +77,9 @@ def test_nothing_larger_than_small_is_allocated_besides_y_and_dx(target, out_act
     options = dict(out_act=out_act, impl=target.impl)
     sizes, y = _allocations(target, lambda: squeeze_excite(**tensors, **options))
     bits = B * C * L // 8
-    assert sorted(s for s in sizes if s > MAP // 64) == ([bits] if out_act == "relu" else []) + [MAP]
+    assert sorted(s for s in sizes if s > MAP // 64) == ([bits] if out_act == "relu" else []) + [
+        MAP
+    ]
     dy = torch.randn_like(y)
     sizes, _ = _allocations(target, lambda: torch.autograd.grad(y, list(tensors.values()), dy))
     assert [s for s in sizes if s > MAP // 64] == [MAP]

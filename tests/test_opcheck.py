@@ -10,7 +10,9 @@ from attnkern import _layout
 from attnkern.ops.squeeze_excite.reference import Options
 
 ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
-CALLS = calls("resnet", "ese", "src_shift", "residual_relu_drop_path", "residual_silu", "prelu", "3d")
+CALLS = calls(
+    "resnet", "ese", "src_shift", "residual_relu_drop_path", "residual_silu", "prelu", "3d"
+)
 OPTIONS = Options._fields
 
 

@@ -47,7 +47,9 @@ def test_the_compiled_part_is_built_where_a_compiler_is():
 
 def test_auto_prefers_the_fastest(target):
     device = torch.device(target.device)
-    order = [i for i in _select.ORDER[device.type] if _select.refuse(i, device, torch.float32) is None]
+    order = [
+        i for i in _select.ORDER[device.type] if _select.refuse(i, device, torch.float32) is None
+    ]
     assert _select.select("op", "auto", device, torch.float32) == order[0]
     assert _select.select("op", target.impl, device, torch.float32) == target.impl
 
@@ -128,7 +130,9 @@ def test_the_environment_variable_changes_auto_only():
 
 
 def test_a_wrong_environment_variable_is_an_error_at_import():
-    with pytest.raises(AssertionError, match="ValueError: attnkern: ATTNKERN_IMPL must be one of .*'fast'"):
+    with pytest.raises(
+        AssertionError, match="ValueError: attnkern: ATTNKERN_IMPL must be one of .*'fast'"
+    ):
         fresh("import attnkern", ATTNKERN_IMPL="fast")
 
 
@@ -155,7 +159,10 @@ def test_the_fallback_to_the_reference_warns_once_with_its_reason():
     lines = out.splitlines()
     assert len(lines) == 3  # one an operator and dtype
     assert all("<string>" in line for line in lines), "the warning points at the caller"
-    assert "squeeze_excite runs its reference implementation for torch.float32 on cpu: native: " in lines[0]
+    assert (
+        "squeeze_excite runs its reference implementation for torch.float32 on cpu: native: "
+        in lines[0]
+    )
     assert "attnkern._C" in lines[0]
     assert "torch.float64" in lines[1]
 

@@ -18,7 +18,9 @@ from attnkern.functional import squeeze_excite
 NAN, INF = float("nan"), float("inf")
 LOW = (torch.bfloat16, torch.float16)
 # torch's hardswish_backward reads NaN as below -3; as a gate or hidden activation the NaN spreads anyway
-PATTERNED = [c for c in CALLS if c.case.name not in ("res_out_hardswish", "wide", "one_sample_long")]
+PATTERNED = [
+    c for c in CALLS if c.case.name not in ("res_out_hardswish", "wide", "one_sample_long")
+]
 
 
 def _finite(result):
