@@ -57,16 +57,3 @@ def test_both_export_modes_agree(target, strict):
     x = torch.randn(2, 12, 4, 4, device=target.device)
     program = torch.export.export(model, (x,), strict=strict)
     torch.testing.assert_close(program.module()(x), model(x))
-
-
-def test_ahead_of_time_package(target, tmp_path):
-    if target.impl != "native":
-        pytest.skip("AOTInductor binds compiled operators; Triton's is registered from Python")
-    model = _Block(target.impl).to(target.device).eval()
-    x = torch.randn(2, 12, 5, 7, device=target.device)
-    with torch.no_grad():
-        program = torch.export.export(model, (x,))
-        package = torch._inductor.aoti_compile_and_package(
-            program, package_path=str(tmp_path / "block.pt2")
-        )
-        torch.testing.assert_close(torch._inductor.aoti_load_package(package)(x), model(x))
