@@ -1,4 +1,4 @@
-"""Launch plans of the CUDA kernels: pure functions of sizes and device properties, so tested with no GPU."""
+"""Launch plans of the CUDA kernels: pure functions of sizes and device, tested with no GPU."""
 
 import math
 
@@ -11,24 +11,29 @@ from attnkern import _native
 pytestmark = pytest.mark.skipif(not _native.available, reason=_native.reason)
 
 KB = 1024
-H200 = {
-    "compute_capability": 90, "sm_count": 132, "shared_per_block": 227 * KB, "shared_per_sm": 228 * KB,
-    "l2_bytes": 60 * KB * KB, "clusters_1": 132, "clusters_2": 66, "clusters_4": 32, "clusters_8": 15, "clusters_16": 8,
-}  # fmt: skip
-A100 = {
-    "compute_capability": 80, "sm_count": 108, "shared_per_block": 163 * KB, "shared_per_sm": 164 * KB,
-    "l2_bytes": 40 * KB * KB, "clusters_1": 108, "clusters_2": 0, "clusters_4": 0, "clusters_8": 0, "clusters_16": 0,
-}  # fmt: skip
-B200 = {
-    "compute_capability": 100, "sm_count": 148, "shared_per_block": 227 * KB, "shared_per_sm": 228 * KB,
-    "l2_bytes": 126 * KB * KB, "clusters_1": 148, "clusters_2": 74, "clusters_4": 36, "clusters_8": 18, "clusters_16": 8,
-}  # fmt: skip
+
+
+def device(capability, sms, block, sm, l2, *clusters):
+    names = ("clusters_1", "clusters_2", "clusters_4", "clusters_8", "clusters_16")
+    return {
+        "compute_capability": capability,
+        "sm_count": sms,
+        "shared_per_block": block * KB,
+        "shared_per_sm": sm * KB,
+        "l2_bytes": l2 * KB * KB,
+        **dict(zip(names, clusters, strict=True)),
+    }
+
+
+H200 = device(90, 132, 227, 228, 60, 132, 66, 32, 15, 8)
+A100 = device(80, 108, 163, 164, 40, 108, 0, 0, 0, 0)
+B200 = device(100, 148, 227, 228, 126, 148, 74, 36, 18, 8)
 DEVICES = {"h200": H200, "a100": A100, "b200": B200}
 DIRECTIONS = ("forward", "backward")
 
 # Layers of ResNet-50 at 224 and 512, EfficientNet-B0 to B7, MobileNetV3 and U-Nets in 2-D and 3-D:
-# channels, spatial, KB of a 16-bit sample, and where it fits on an H200 in 16 and in 32 bits: the blocks of
-# a cluster (1: one block), or L2, or nowhere.
+# channels, spatial, KB of a 16-bit sample, and where it fits on an H200 in 16 and in 32 bits: the
+# blocks of a cluster (1: one block), or L2, or nowhere.
 LAYERS = [
     (256, "56x56", 1568, 8, 16),
     (512, "28x28", 784, 4, 8),
@@ -114,10 +119,12 @@ def check_limits(plan, device, query):
     channels, length, size = query["channels"], query["length"], query["dtype_bytes"]
     last = query.get("channels_last", 0)
     elements = channels * length
-    assert plan["threads"] % 32 == 0 and 32 <= plan["threads"] <= 512
+    assert plan["threads"] % 32 == 0
+    assert 32 <= plan["threads"] <= 512
     assert plan["vector"] in (1, 16 // size)
     assert plan["cluster"] in (1, 2, 4, 8, 16)
-    assert plan["grid"] > 0 and plan["grid"] % plan["cluster"] == 0
+    assert plan["grid"] > 0
+    assert plan["grid"] % plan["cluster"] == 0
     assert 0 < plan["chunk"] < 2**31
     # shared memory: of a block, and of all that are planned for an SM (1 KB more each)
     assert plan["shared_bytes"] <= device["shared_per_block"]
@@ -137,7 +144,9 @@ def check_limits(plan, device, query):
         assert plan["pieces"] == plan["cluster"]
         assert plan["chunk"] * size <= plan["shared_bytes"]
     else:
-        assert covered - plan["chunk"] < (length * plan["block_columns"] if last else elements), "an empty piece"
+        assert covered - plan["chunk"] < (length * plan["block_columns"] if last else elements), (
+            "an empty piece"
+        )
     if query.get("mask") and not last and length % 8:
         assert plan["chunk"] % length == 0, "two blocks would write bits of one byte"
 
@@ -151,16 +160,20 @@ def test_every_layer_is_kept_where_it_fits(layer, direction, batch):
     assert round(channels * length * 2 / KB) == kilobytes
     for size, where in zip((2, 4), expected, strict=True):
         query = {
-            "batch": batch, "channels": channels, "length": length, "dtype_bytes": size,
+            "batch": batch,
+            "channels": channels,
+            "length": length,
+            "dtype_bytes": size,
             "hidden": 8,  # light weights: the map alone decides
-        }  # fmt: skip
+        }
         plan = ask(direction, H200, **query)
         check_limits(plan, H200, query)
         if direction == "backward" and (channels, spatial, size) in BACKWARD_IN_L2:
             where = "chunked"
         if isinstance(where, int):
             # more blocks where that takes fewer waves, or where two blocks then share an SM
-            assert plan["strategy"] == "resident" and plan["cluster"] >= where
+            assert plan["strategy"] == "resident"
+            assert plan["cluster"] >= where
         else:
             assert plan["strategy"] == where
 
@@ -176,7 +189,14 @@ def test_heavy_weights_are_batched():
 
 
 def test_a_forward_without_squeeze_waits_for_nothing():
-    query = {"batch": 8, "channels": 64, "length": 196, "hidden": 8, "dtype_bytes": 4, "squeezes": 0}
+    query = {
+        "batch": 8,
+        "channels": 64,
+        "length": 196,
+        "hidden": 8,
+        "dtype_bytes": 4,
+        "squeezes": 0,
+    }
     assert ask("forward", H200, **query)["strategy"] == "batched"
 
 
@@ -228,10 +248,15 @@ def test_any_size_gets_a_plan_that_runs(
 ):
     properties = DEVICES[device]
     query = {
-        **options, "batch": batch, "channels": channels, "length": length, "hidden": hidden,
-        "width": channels * (2 if double_width else 1), "mask": mask * (direction == "forward"),
+        **options,
+        "batch": batch,
+        "channels": channels,
+        "length": length,
+        "hidden": hidden,
+        "width": channels * (2 if double_width else 1),
+        "mask": mask * (direction == "forward"),
         "force_strategy": forced,
-    }  # fmt: skip
+    }
     if channels * length % (16 // query["dtype_bytes"]):
         query["aligned"] = 0
     check_limits(ask(direction, properties, **query), properties, query)
@@ -240,11 +265,20 @@ def test_any_size_gets_a_plan_that_runs(
 @given(channels=st.integers(1, 10**6), length=st.integers(1, 10**9))
 @settings(max_examples=300, deadline=None)
 def test_sizes_beyond_any_layer_are_not_refused(channels, length):
-    query = {"batch": 2, "channels": channels, "length": length, "hidden": 16, "dtype_bytes": 2, "aligned": 0}
+    query = {
+        "batch": 2,
+        "channels": channels,
+        "length": length,
+        "hidden": 16,
+        "dtype_bytes": 2,
+        "aligned": 0,
+    }
     for last in (0, 1):
         for direction in DIRECTIONS:
             check_limits(
-                ask(direction, H200, channels_last=last, **query), H200, {**query, "channels_last": last}
+                ask(direction, H200, channels_last=last, **query),
+                H200,
+                {**query, "channels_last": last},
             )
 
 
@@ -253,6 +287,12 @@ def test_sm_80_never_gets_a_cluster():
         for direction in DIRECTIONS:
             for device in (A100, {**H200, "compute_capability": 80}):
                 plan = ask(
-                    direction, device, batch=32, channels=channels, length=length_of(spatial), hidden=8, dtype_bytes=2
+                    direction,
+                    device,
+                    batch=32,
+                    channels=channels,
+                    length=length_of(spatial),
+                    hidden=8,
+                    dtype_bytes=2,
                 )
                 assert plan["cluster"] == 1

@@ -209,7 +209,7 @@ ATTNKERN_DEVICE void rescale_piece(const Stage& stage, const Piece& piece, const
   const int threads = block_size(), accesses = piece.count / V;
   for (int begin = thread_index(); begin < accesses; begin += threads * unroll) {
     typename Stage::template Loaded<V> in[unroll];
-    Vec<T, V> beside[unroll];
+    Vec<T, V> beside[unroll] = {};
 #pragma unroll
     for (int u = 0; u < unroll; ++u) {
       const int i = begin + u * threads;
