@@ -270,6 +270,30 @@ def test_many_pieces_and_chunks_of_one_sample(native, strategy, chunk, channels_
         testing.compare(call.spec, call.case, tensors, impl="native")
 
 
+@pytest.mark.parametrize("seed", range(3))
+def test_a_last_chunk_of_fewer_samples(native, seed):
+    call = calls("residual_relu_drop_path")[0]
+    tensors = call.case.inputs(torch.float32)
+    bytes_a_sample = tensors["x"][0].numel() * 4
+    # a sixth of L2 is a chunk: forward 3 samples of 2 a chunk, backward (x and dy) of 1
+    for samples in (2, 4):
+        native.device.configure(seed=seed, l2=6 * samples * bytes_a_sample)
+        _force(native, "chunked", chunk=500)
+        testing.compare(call.spec, call.case, tensors, impl="native")
+
+
+def test_a_cluster_of_whole_channels_without_an_mlp(native):
+    """The blocks share no channel: only the drop path's gradient crosses the cluster."""
+    spec = next(c.spec for c in CALLS if c.spec.name == "excite")
+    shapes = {"x": (2, 32, 6, 5), "logits": (2, 32), "drop_path": (2,)}
+    case = testing.Case("", shapes, {"gate": "sigmoid"})
+    for seed in range(3):
+        native.device.configure(seed=seed)
+        _force(native, "resident", cluster=4)
+        testing.compare(spec, case, case.inputs(torch.float32), impl="native")
+        assert (native.plans[-1]["strategy"], native.plans[-1]["cluster"]) == (0, 4)
+
+
 @pytest.mark.parametrize("capability", [80, 90])
 @pytest.mark.parametrize("call", VARIED, ids=str)
 def test_the_launchers_own_plan(native, call, capability):
