@@ -8,9 +8,12 @@ namespace attnkern::cpu {
 
 const char* name(Isa isa) {
   switch (isa) {
-    case Isa::avx512: return "avx512";
-    case Isa::avx2: return "avx2";
-    default: return "scalar";
+    case Isa::avx512:
+      return "avx512";
+    case Isa::avx2:
+      return "avx2";
+    default:
+      return "scalar";
   }
 }
 
@@ -20,7 +23,8 @@ std::vector<Isa> supported_isas() {
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
       __builtin_cpu_supports("avx512dq"))
     isas.push_back(Isa::avx512);
-  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c")) isas.push_back(Isa::avx2);
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
+    isas.push_back(Isa::avx2);
 #endif
   isas.push_back(Isa::scalar);
   return isas;
@@ -43,8 +47,7 @@ const Choice& choice() {
       if (std::string(wanted) == name(isa)) return {isa, ""};
       names += std::string(names.empty() ? "" : ", ") + name(isa);
     }
-    return {
-        Isa::scalar, "ATTNKERN_CPU_ISA must be one of " + names + " on this processor, got '" + wanted + "'"};
+    return {Isa::scalar, "ATTNKERN_CPU_ISA must be one of " + names + " on this processor, got '" + wanted + "'"};
   }();
   return made;
 }

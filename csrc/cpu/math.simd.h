@@ -46,8 +46,9 @@ ATTNKERN_INLINE Vec<float> tanh(Vec<float> x) {
 ATTNKERN_INLINE Vec<float> erf(Vec<float> x) {
   static constexpr float c[] = {1.12837917f,    -0.376126267f,    0.112835947f,   -0.0268542120f,
                                 0.00518908742f, -0.000801686429f, 7.87587506e-05f};
-  static constexpr float log_erfc[] = {0.000320138050f, -1.13023343f,    -0.631826052f,   -0.110080083f,  0.0264211360f,
-                                       -0.00475959629f, 0.000596805626f, -4.60580447e-05f, 1.63715141e-06f};
+  static constexpr float log_erfc[] = {0.000320138050f, -1.13023343f,     -0.631826052f,
+                                       -0.110080083f,   0.0264211360f,    -0.00475959629f,
+                                       0.000596805626f, -4.60580447e-05f, 1.63715141e-06f};
   const Vec<float> small = x * polynomial(x * x, c);
   const Vec<float> magnitude = x < 0.0f ? -x : x;
   const Vec<float> bounded = magnitude > 4.0f ? splat(4.0f) : magnitude;  // 1 - erf(4) = 1.5e-8

@@ -193,11 +193,15 @@ ATTNKERN_INLINE void store_n(T* p, Vec<Accumulator<T>> v, int64_t n) {
 template <class A>
 ATTNKERN_INLINE uint32_t to_bits(Mask<A> m) {
 #if defined(ATTNKERN_AVX512)
-  if constexpr (sizeof(A) == 4) return _mm512_movepi32_mask((__m512i)m);
-  else return _mm512_movepi64_mask((__m512i)m);
+  if constexpr (sizeof(A) == 4)
+    return _mm512_movepi32_mask((__m512i)m);
+  else
+    return _mm512_movepi64_mask((__m512i)m);
 #elif defined(ATTNKERN_AVX2)
-  if constexpr (sizeof(A) == 4) return _mm256_movemask_ps((__m256)m);
-  else return _mm256_movemask_pd((__m256d)m);
+  if constexpr (sizeof(A) == 4)
+    return _mm256_movemask_ps((__m256)m);
+  else
+    return _mm256_movemask_pd((__m256d)m);
 #else
   uint32_t bits = 0;
   for (int i = 0; i < kLanes<A>; ++i) bits |= (m[i] & 1u) << i;

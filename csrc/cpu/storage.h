@@ -22,10 +22,14 @@ using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>
 template <class F>
 void visit(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::float32: return f(float{});
-    case DType::float64: return f(double{});
-    case DType::bfloat16: return f(BFloat16{});
-    case DType::float16: return f(Float16{});
+    case DType::float32:
+      return f(float{});
+    case DType::float64:
+      return f(double{});
+    case DType::bfloat16:
+      return f(BFloat16{});
+    case DType::float16:
+      return f(Float16{});
   }
 }
 

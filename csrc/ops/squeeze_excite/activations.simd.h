@@ -21,15 +21,23 @@ ATTNKERN_INLINE V tanh_softplus(V h) {
 template <class A>
 ATTNKERN_INLINE Vec<A> activation(Act act, Vec<A> h, Vec<A> slope) {
   switch (act) {
-    case Act::identity: return h;
-    case Act::relu: return h <= 0 ? Vec<A>{} : h;
-    case Act::relu6: return relu6(h);
+    case Act::identity:
+      return h;
+    case Act::relu:
+      return h <= 0 ? Vec<A>{} : h;
+    case Act::relu6:
+      return relu6(h);
     case Act::leaky_relu:
-    case Act::prelu: return h > 0 ? h : slope * h;
-    case Act::silu: return h * sigmoid(h);
-    case Act::hardswish: return h * relu6(h + 3) / 6;
-    case Act::gelu: return h * (A(0.5) * (1 + erf(h * A(0.7071067811865476))));
-    case Act::mish: return h * tanh_softplus(h);
+    case Act::prelu:
+      return h > 0 ? h : slope * h;
+    case Act::silu:
+      return h * sigmoid(h);
+    case Act::hardswish:
+      return h * relu6(h + 3) / 6;
+    case Act::gelu:
+      return h * (A(0.5) * (1 + erf(h * A(0.7071067811865476))));
+    case Act::mish:
+      return h * tanh_softplus(h);
   }
   return h;
 }
@@ -38,16 +46,21 @@ template <class A>
 ATTNKERN_INLINE Vec<A> activation_grad(Act act, Vec<A> h, Vec<A> slope) {
   const Vec<A> zero{}, one = zero + 1;
   switch (act) {
-    case Act::identity: return one;
-    case Act::relu: return h <= 0 ? zero : one;
-    case Act::relu6: return h <= 0 ? zero : h >= 6 ? zero : one;
+    case Act::identity:
+      return one;
+    case Act::relu:
+      return h <= 0 ? zero : one;
+    case Act::relu6:
+      return h <= 0 ? zero : h >= 6 ? zero : one;
     case Act::leaky_relu:
-    case Act::prelu: return h > 0 ? one : slope;
+    case Act::prelu:
+      return h > 0 ? one : slope;
     case Act::silu: {
       const Vec<A> sigma = sigmoid(h);
       return sigma * (1 + h * (1 - sigma));
     }
-    case Act::hardswish: return h <= -3 ? zero : h >= 3 ? one : h / 3 + A(0.5);
+    case Act::hardswish:
+      return h <= -3 ? zero : h >= 3 ? one : h / 3 + A(0.5);
     case Act::gelu: {
       const Vec<A> density = exp(A(-0.5) * h * h) * A(0.3989422804014327);  // 1 / sqrt(2 pi)
       return A(0.5) * (1 + erf(h * A(0.7071067811865476))) + h * density;
@@ -64,10 +77,14 @@ template <class A>
 ATTNKERN_INLINE Vec<A> gate(const Options& o, Vec<A> z) {
   const Vec<A> zero{}, one = zero + 1;
   switch (o.gate) {
-    case Gate::identity: return z;
-    case Gate::sigmoid: return sigmoid(z);
-    case Gate::relu: return z <= 0 ? zero : z;
-    case Gate::tanh: return tanh(z);
+    case Gate::identity:
+      return z;
+    case Gate::sigmoid:
+      return sigmoid(z);
+    case Gate::relu:
+      return z <= 0 ? zero : z;
+    case Gate::tanh:
+      return tanh(z);
     case Gate::hard_sigmoid: {
       const Vec<A> v = A(o.gate_slope) * z + A(o.gate_offset);
       return v <= 0 ? zero : v >= 1 ? one : v;
@@ -80,8 +97,10 @@ template <class A>
 ATTNKERN_INLINE Vec<A> gate_grad(const Options& o, Vec<A> z) {
   const Vec<A> zero{}, one = zero + 1;
   switch (o.gate) {
-    case Gate::identity: return one;
-    case Gate::relu: return z <= 0 ? zero : one;
+    case Gate::identity:
+      return one;
+    case Gate::relu:
+      return z <= 0 ? zero : one;
     case Gate::sigmoid: {
       const Vec<A> g = sigmoid(z);
       return g * (1 - g);

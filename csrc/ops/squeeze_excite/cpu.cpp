@@ -1,8 +1,8 @@
 // CPU launchers: schedules the kernels of cpu_kernels.h over samples and threads.
 //
 // Grouped: a thread takes a few samples through every step while their maps are in its cache. Phased: all threads share
-// each step of a chunk of samples that fits the last-level cache. The order of every sum is the same in both, so results
-// depend neither on the schedule nor on the number of threads.
+// each step of a chunk of samples that fits the last-level cache. The order of every sum is the same in both, so
+// results depend neither on the schedule nor on the number of threads.
 #include <unistd.h>
 
 #include <algorithm>
@@ -44,13 +44,17 @@ int64_t columns(const Inputs& p) { return channels_last(p) ? p.sizes.channels : 
 int64_t map_bytes(const Inputs& p) { return p.sizes.channels * p.sizes.length * size_of(p.dtype); }
 
 // Channels last sums positions in blocks, at most 16 a sample so that the partial sums stay small.
-int64_t block_rows(const Inputs& p) { return channels_last(p) ? std::max<int64_t>(128, ceil_div(p.sizes.length, 16)) : p.sizes.channels; }
+int64_t block_rows(const Inputs& p) {
+  return channels_last(p) ? std::max<int64_t>(128, ceil_div(p.sizes.length, 16)) : p.sizes.channels;
+}
 int64_t blocks(const Inputs& p) { return ceil_div(rows(p), block_rows(p)); }
 
 // `maps`: how many maps a sample reads twice or carries between the passes.
 Plan make_plan(const Inputs& p, int threads, int maps) {
   const int64_t bytes = map_bytes(p) * maps, batch = p.sizes.batch;
-  const int64_t weights = (p.sizes.hidden ? p.sizes.hidden * (p.sizes.channels + p.sizes.width) : p.w1 ? p.sizes.width * p.sizes.channels : 0) *
+  const int64_t weights = (p.sizes.hidden ? p.sizes.hidden * (p.sizes.channels + p.sizes.width)
+                           : p.w1         ? p.sizes.width * p.sizes.channels
+                                          : 0) *
                           size_of(p.weight_dtype);
   const int64_t share = std::max(l2_bytes(), l3_bytes() / threads / 2);
   const bool stream = map_bytes(p) * batch * 2 > l3_bytes();
@@ -59,7 +63,8 @@ Plan make_plan(const Inputs& p, int threads, int maps) {
     const int64_t fits = std::max<int64_t>(1, (weights > bytes ? share : l2_bytes() / 2) / std::max<int64_t>(1, bytes));
     return {true, fits, stream};
   }
-  return {false, std::clamp<int64_t>(l3_bytes() / 2 / std::max<int64_t>(1, bytes), 1, std::max<int64_t>(1, batch)), stream};
+  return {false, std::clamp<int64_t>(l3_bytes() / 2 / std::max<int64_t>(1, bytes), 1, std::max<int64_t>(1, batch)),
+          stream};
 }
 
 // Hands out the workspace; with no base it only counts.
@@ -127,7 +132,8 @@ struct Call {
   template <class Grouped, class Phased>
   void each_group(const Grouped& grouped, const Phased& phased) const {
     const auto split = [&](Range range, const auto& f) {
-      for (int64_t b = range.begin; b < range.end; b += plan.samples) f(Range{b, std::min(b + plan.samples, range.end)});
+      for (int64_t b = range.begin; b < range.end; b += plan.samples)
+        f(Range{b, std::min(b + plan.samples, range.end)});
     };
     if (plan.grouped)
       parallel(p.sizes.batch, map_bytes(p), [&](Range range) { split(range, grouped); });
@@ -170,12 +176,10 @@ struct ForwardCall : Call<ForwardParams> {
     if (p.mean) squeeze_phased(samples);
     const auto weight_bytes = [&](int64_t inner) { return inner * (count + size_of(p.weight_dtype)); };
     if (n.hidden) parallel(n.hidden, weight_bytes(n.channels), [&](Range r) { kernels.hidden(p, samples, r, a); });
-    parallel(n.width, p.w1 ? weight_bytes(p.w2 ? n.hidden : n.channels) : 8 * count, [&](Range r) {
-      kernels.logits(p, samples, r, a);
-    });
-    parallel_rows(samples, 1, n.channels * 32, [&](int64_t b, Range) {
-      kernels.coefficients(p, p.logits, {b, b + 1}, out);
-    });
+    parallel(n.width, p.w1 ? weight_bytes(p.w2 ? n.hidden : n.channels) : 8 * count,
+             [&](Range r) { kernels.logits(p, samples, r, a); });
+    parallel_rows(samples, 1, n.channels * 32,
+                  [&](int64_t b, Range) { kernels.coefficients(p, p.logits, {b, b + 1}, out); });
     parallel_rows(samples, rows(p), row_bytes, [&](int64_t b, Range r) { kernels.rescale(p, out, b, r, plan.stream); });
   }
 
@@ -201,9 +205,8 @@ struct ForwardCall : Call<ForwardParams> {
       for (int64_t b = samples.begin; b < samples.end; ++b)
         sum_blocks(b, p.mean, length, [&](int64_t k) { return part_of(b, k); });
     } else {
-      parallel_rows(samples, channels, row_bytes, [&](int64_t b, Range r) {
-        kernels.sum_x(p, b, r, at(out.s, b, channels));
-      });
+      parallel_rows(samples, channels, row_bytes,
+                    [&](int64_t b, Range r) { kernels.sum_x(p, b, r, at(out.s, b, channels)); });
       for (int64_t b = samples.begin; b < samples.end; ++b)
         sum_blocks(b, p.mean, length, [&](int64_t) { return at(out.s, b, channels); });
     }
@@ -261,15 +264,15 @@ struct BackwardCall : Call<BackwardParams> {
   void clear_addend(Range samples) const {
     if (!p.src) return;
     const int64_t n = p.sizes.channels;
-    std::fill_n(static_cast<std::byte*>(at(dx.s, samples.begin, n)), (samples.end - samples.begin) * n * size, std::byte{0});
+    std::fill_n(static_cast<std::byte*>(at(dx.s, samples.begin, n)), (samples.end - samples.begin) * n * size,
+                std::byte{0});
   }
 
   void phased(Range samples) const {
     const Sizes& n = p.sizes;
     const int64_t count = samples.end - samples.begin, row_bytes = columns(p) * size_of(p.dtype);
-    parallel_rows(samples, 1, n.channels * 32, [&](int64_t b, Range) {
-      kernels.coefficients(p, p.logits, {b, b + 1}, u);
-    });
+    parallel_rows(samples, 1, n.channels * 32,
+                  [&](int64_t b, Range) { kernels.coefficients(p, p.logits, {b, b + 1}, u); });
     if (wants_sums()) {
       sums(samples, row_bytes);
       parallel_rows(samples, 1, n.width * 32, [&](int64_t b, Range) { kernels.grad_logits(p, {b, b + 1}, vx, v, dz); });
@@ -277,9 +280,8 @@ struct BackwardCall : Call<BackwardParams> {
     // columns in whole cache lines
     const auto parallel_columns = [&](int64_t total, int64_t inner, const auto& f) {
       constexpr int64_t unit = 32;
-      parallel(ceil_div(total, unit), unit * inner * (count + size_of(p.weight_dtype)), [&](Range r) {
-        f(Range{r.begin * unit, std::min(total, r.end * unit)});
-      });
+      parallel(ceil_div(total, unit), unit * inner * (count + size_of(p.weight_dtype)),
+               [&](Range r) { f(Range{r.begin * unit, std::min(total, r.end * unit)}); });
     };
     if (n.hidden && (wants_weights() || wants_mean()))
       parallel_columns(n.hidden, n.width, [&](Range r) { kernels.grad_hidden(p, samples, r, dz, da, dh, a); });
@@ -287,9 +289,8 @@ struct BackwardCall : Call<BackwardParams> {
       parallel_columns(n.channels, p.w2 ? n.hidden : n.width, [&](Range r) { grad_mean(samples, r); });
     clear_addend(samples);
     if (p.dx.data || p.dresidual.data)
-      parallel_rows(samples, rows(p), 2 * row_bytes, [&](int64_t b, Range r) {
-        kernels.grad_x(p, u, dx_coefficients(), b, r, plan.stream);
-      });
+      parallel_rows(samples, rows(p), 2 * row_bytes,
+                    [&](int64_t b, Range r) { kernels.grad_x(p, u, dx_coefficients(), b, r, plan.stream); });
   }
 
   void sums(Range samples, int64_t row_bytes) const {
@@ -317,13 +318,11 @@ struct BackwardCall : Call<BackwardParams> {
     const Sizes& n = p.sizes;
     const int64_t first_rows = p.w2 ? n.hidden : n.width;
     if (p.dw1 || p.db1)
-      parallel(ceil_div(first_rows, 4), 16 * n.batch * n.channels, [&](Range r) {
-        kernels.grad_w1(p, {4 * r.begin, std::min(first_rows, 4 * r.end)}, first());
-      });
+      parallel(ceil_div(first_rows, 4), 16 * n.batch * n.channels,
+               [&](Range r) { kernels.grad_w1(p, {4 * r.begin, std::min(first_rows, 4 * r.end)}, first()); });
     if (p.dw2 || p.db2)
-      parallel(ceil_div(n.width, 4), 16 * n.batch * n.hidden, [&](Range r) {
-        kernels.grad_w2(p, {4 * r.begin, std::min(n.width, 4 * r.end)}, dz, a);
-      });
+      parallel(ceil_div(n.width, 4), 16 * n.batch * n.hidden,
+               [&](Range r) { kernels.grad_w2(p, {4 * r.begin, std::min(n.width, 4 * r.end)}, dz, a); });
     if (p.dact_weight) kernels.grad_act_weight(p, da);
   }
 };
@@ -377,9 +376,8 @@ size_t squeeze_workspace_cpu(DType dtype, Layout layout, const Sizes& sizes, con
   return forward_workspace_cpu(squeeze_params({}, dtype, layout, sizes, nullptr), pool);
 }
 
-Status launch_squeeze_cpu(
-    const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean, void* workspace,
-    const ThreadPool& pool) {
+Status launch_squeeze_cpu(const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean,
+                          void* workspace, const ThreadPool& pool) {
   if (const char* error = cpu::isa_error()) return {error};
   const ForwardParams params = squeeze_params(x, dtype, layout, sizes, mean);
   ForwardCall call = forward_call(params, pool, cpu_kernels(cpu::active_isa()));

@@ -39,7 +39,8 @@ struct CpuKernels {
   void (*grad_hidden)(const BackwardParams&, Range samples, Range columns, const void* dz, void* da, void* dh, void* a);
   // dm = dh W1 for channels `columns`, divided by L where dm flows into x.
   void (*grad_mean)(const BackwardParams&, Range samples, Range columns, const void* first, void* dm);
-  void (*grad_x)(const BackwardParams&, const Coefficients& u, const Coefficients& dx, int64_t b, Range rows, bool stream);
+  void (*grad_x)(const BackwardParams&, const Coefficients& u, const Coefficients& dx, int64_t b, Range rows,
+                 bool stream);
   // Rows `rows` of dW1 (and db1), of dW2 (and db2); dact_weight.
   void (*grad_w1)(const BackwardParams&, Range rows, const void* first);
   void (*grad_w2)(const BackwardParams&, Range rows, const void* dz, const void* a);

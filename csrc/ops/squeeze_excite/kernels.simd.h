@@ -1,5 +1,6 @@
 // The kernels of one instruction set; compiled by cpu/foreach_isa.h, hence no include guard.
 #include "cpu/simd.h"
+
 #include "cpu/math.simd.h"
 #include "ops/squeeze_excite/activations.simd.h"
 #include "ops/squeeze_excite/maps.simd.h"

@@ -4,7 +4,7 @@
 //   Layout    a row is contiguous: L positions of a channel, or C channels of a position (params.h)
 //   Mapping   one call a range of rows of one sample on one thread; a vector is adjacent elements of a row
 //   Traffic   each map is read or written once by each call; cpu.cpp keeps a sample in cache between calls
-//   Numerics  rows are summed in blocks of 64 vectors, in double beyond one; positions in trees of 8; the order depends
+//   Numerics  rows are summed in blocks of 64 vectors, in double beyond one; positions in trees of 4; the order depends
 //             on the shape alone
 namespace attnkern::squeeze_excite::ATTNKERN_ISA {
 
@@ -21,16 +21,24 @@ ATTNKERN_INLINE T* row_of(const Map& map, int64_t b, int64_t row) {
 // How a vector is read and written: whole, or its first n lanes.
 struct Whole {
   template <class T>
-  ATTNKERN_INLINE auto read(const T* p) const { return load(p); }
+  ATTNKERN_INLINE auto read(const T* p) const {
+    return load(p);
+  }
   template <class T, class V>
-  ATTNKERN_INLINE void write(T* p, V v, bool streaming) const { streaming ? stream(p, v) : store(p, v); }
+  ATTNKERN_INLINE void write(T* p, V v, bool streaming) const {
+    streaming ? stream(p, v) : store(p, v);
+  }
 };
 struct Part {
   int64_t n;
   template <class T>
-  ATTNKERN_INLINE auto read(const T* p) const { return load_n(p, n); }
+  ATTNKERN_INLINE auto read(const T* p) const {
+    return load_n(p, n);
+  }
   template <class T, class V>
-  ATTNKERN_INLINE void write(T* p, V v, bool) const { store_n(p, v, n); }
+  ATTNKERN_INLINE void write(T* p, V v, bool) const {
+    store_n(p, v, n);
+  }
 };
 
 // A coefficient of a row's elements: one for all (channels first), or one a column (channels last).
@@ -79,7 +87,9 @@ template <class T>
 struct PlainGrad {
   const T* dy;
   template <class Access>
-  ATTNKERN_INLINE auto at(int64_t i, const Access& access) const { return access.read(dy + i); }
+  ATTNKERN_INLINE auto at(int64_t i, const Access& access) const {
+    return access.read(dy + i);
+  }
 };
 
 template <class T>
@@ -120,13 +130,9 @@ ATTNKERN_INLINE void visit_grad(const BackwardParams& p, const Coefficients& u, 
     });
   } else {
     f([&](int64_t b, int64_t row) {
-      return SmoothGrad<T, last>{
-          row_of<T>(p.dy, b, row),
-          row_of<T>(p.x, b, row),
-          row_of<T>(p.residual, b, row),
-          {u.s, b, row, p.sizes.channels},
-          {u.t, b, row, p.sizes.channels},
-          p.options.out_act};
+      return SmoothGrad<T, last>{row_of<T>(p.dy, b, row),         row_of<T>(p.x, b, row),
+                                 row_of<T>(p.residual, b, row),   {u.s, b, row, p.sizes.channels},
+                                 {u.t, b, row, p.sizes.channels}, p.options.out_act};
     });
   }
 }
@@ -135,100 +141,101 @@ ATTNKERN_INLINE void visit_grad(const BackwardParams& p, const Coefficients& u, 
 
 constexpr int64_t kBlock = 64;  // vectors a lane adds before its sum goes to double
 
-// sum_i f(i): f(i, access) is a vector
-template <class A, class F>
-ATTNKERN_INLINE A sum_row(int64_t n, const F& f) {
+// What an element adds to n sums at once.
+template <class A, int n>
+struct Terms {
+  Vec<A> v[n];
+  ATTNKERN_INLINE Terms& operator+=(const Terms& other) {
+    for (int k = 0; k < n; ++k) v[k] += other.v[k];
+    return *this;
+  }
+  ATTNKERN_INLINE friend Terms operator+(Terms a, const Terms& b) { return a += b; }
+};
+
+// x
+template <class T>
+struct XTerms {
+  const T* x;
+  template <class Access>
+  ATTNKERN_INLINE Terms<Accumulator<T>, 1> at(int64_t i, const Access& access) const {
+    return {{access.read(x + i)}};
+  }
+};
+
+// v x and v
+template <class T, class Grad>
+struct GradTerms {
+  const T* x;
+  Grad grad;
+  template <class Access>
+  ATTNKERN_INLINE Terms<Accumulator<T>, 2> at(int64_t i, const Access& access) const {
+    const Vec<Accumulator<T>> v = grad.at(i, access);
+    return {{v * access.read(x + i), v}};
+  }
+};
+template <class T, class Grad>
+GradTerms(const T*, Grad) -> GradTerms<T, Grad>;
+
+// out[k] = sum of term k over a row of `length` elements
+template <int n, class A, class Row>
+ATTNKERN_INLINE void sum_row(int64_t length, const Row& row, A (&out)[n]) {
   constexpr int64_t lanes = kLanes<A>;
-  double total = 0;
-  for (int64_t begin = 0; begin < n; begin += kBlock * lanes) {
-    const int64_t end = begin + kBlock * lanes < n ? begin + kBlock * lanes : n;
-    Vec<A> a{}, b{}, c{}, d{};
+  double total[n] = {};
+  for (int64_t begin = 0; begin < length; begin += kBlock * lanes) {
+    const int64_t end = begin + kBlock * lanes < length ? begin + kBlock * lanes : length;
+    Terms<A, n> a{}, b{}, c{}, d{};
     int64_t i = begin;
     for (; i + 4 * lanes <= end; i += 4 * lanes) {
-      a += f(i, Whole{});
-      b += f(i + lanes, Whole{});
-      c += f(i + 2 * lanes, Whole{});
-      d += f(i + 3 * lanes, Whole{});
+      a += row.at(i, Whole{});
+      b += row.at(i + lanes, Whole{});
+      c += row.at(i + 2 * lanes, Whole{});
+      d += row.at(i + 3 * lanes, Whole{});
     }
-    for (; i + lanes <= end; i += lanes) a += f(i, Whole{});
-    if (i < end) b += f(i, Part{end - i});
-    total += sum<A>((a + b) + (c + d));
+    for (; i + lanes <= end; i += lanes) a += row.at(i, Whole{});
+    if (i < end) b += row.at(i, Part{end - i});
+    const Terms<A, n> all = (a + b) + (c + d);
+    for (int k = 0; k < n; ++k) total[k] += sum<A>(all.v[k]);
   }
-  return static_cast<A>(total);
+  for (int k = 0; k < n; ++k) out[k] = static_cast<A>(total[k]);
 }
 
-template <class T>
-void sum_x_first(const Inputs& p, int64_t b, Range rows, Accumulator<T>* out) {
-  for (int64_t row = rows.begin; row < rows.end; ++row) {
-    const T* x = row_of<T>(p.x, b, row);
-    out[row] = sum_row<Accumulator<T>>(p.sizes.length, [&](int64_t i, auto access) { return access.read(x + i); });
-  }
-}
-
-// f(row, i, access) summed over rows into out[C], 8 rows at a time
-template <class A, class F>
-ATTNKERN_INLINE void sum_columns(Range rows, int64_t columns, A* out, const F& f) {
+// out[k][j] = sum over rows of term k of column j, 4 rows at a time; make(row) has a row's terms
+template <int n, class A, class Make>
+ATTNKERN_INLINE void sum_columns(Range rows, int64_t columns, A* const (&out)[n], const Make& make) {
+  const auto add = [&](int64_t i, auto access, const Terms<A, n>& terms, bool first) {
+    for (int k = 0; k < n; ++k)
+      access.write(out[k] + i, first ? terms.v[k] : access.read(out[k] + i) + terms.v[k], false);
+  };
   const auto each_vector = [&](const auto& step) {
     int64_t i = 0;
     for (; i + kLanes<A> <= columns; i += kLanes<A>) step(i, Whole{});
     if (i < columns) step(i, Part{columns - i});
   };
-  each_vector([&](int64_t i, auto access) { access.write(out + i, Vec<A>{}, false); });
   int64_t row = rows.begin;
-  for (; row + 8 <= rows.end; row += 8)
+  for (; row + 4 <= rows.end; row += 4) {
+    const auto a = make(row), b = make(row + 1), c = make(row + 2), d = make(row + 3);
     each_vector([&](int64_t i, auto access) {
-      const Vec<A> a = f(row, i, access) + f(row + 1, i, access), b = f(row + 2, i, access) + f(row + 3, i, access);
-      const Vec<A> c = f(row + 4, i, access) + f(row + 5, i, access), d = f(row + 6, i, access) + f(row + 7, i, access);
-      access.write(out + i, access.read(out + i) + ((a + b) + (c + d)), false);
+      add(i, access, (a.at(i, access) + b.at(i, access)) + (c.at(i, access) + d.at(i, access)), row == rows.begin);
     });
-  for (; row < rows.end; ++row)
-    each_vector([&](int64_t i, auto access) {
-      access.write(out + i, access.read(out + i) + f(row, i, access), false);
-    });
-}
-
-template <class T>
-void sum_x_last(const Inputs& p, int64_t b, Range rows, Accumulator<T>* out) {
-  sum_columns<Accumulator<T>>(rows, p.sizes.channels, out, [&](int64_t row, int64_t i, auto access) {
-    return access.read(row_of<T>(p.x, b, row) + i);
-  });
+  }
+  for (; row < rows.end; ++row) {
+    const auto a = make(row);
+    each_vector([&](int64_t i, auto access) { add(i, access, a.at(i, access), row == rows.begin); });
+  }
 }
 
 void sum_x(const Inputs& p, int64_t b, Range rows, void* sum) {
   cpu::visit(p.dtype, [&](auto t) {
     using T = decltype(t);
-    auto* out = static_cast<Accumulator<T>*>(sum);
-    p.layout == Layout::channels_last ? sum_x_last<T>(p, b, rows, out) : sum_x_first<T>(p, b, rows, out);
-  });
-}
-
-template <class T>
-void sum_grads_first(
-    const BackwardParams& p, const Coefficients& u, int64_t b, Range rows, Accumulator<T>* sum_vx,
-    Accumulator<T>* sum_v) {
-  using A = Accumulator<T>;
-  visit_grad<T, false>(p, u, [&](const auto& grad) {
+    using A = Accumulator<T>;
+    const auto terms = [&](int64_t row) { return XTerms<T>{row_of<T>(p.x, b, row)}; };
+    A* out = static_cast<A*>(sum);
+    if (p.layout == Layout::channels_last) return sum_columns<1, A>(rows, p.sizes.channels, {out}, terms);
     for (int64_t row = rows.begin; row < rows.end; ++row) {
-      const T* x = row_of<T>(p.x, b, row);
-      const auto v = grad(b, row);
-      sum_vx[row] = sum_row<A>(p.sizes.length, [&](int64_t i, auto access) { return v.at(i, access) * access.read(x + i); });
-      sum_v[row] = sum_row<A>(p.sizes.length, [&](int64_t i, auto access) { return v.at(i, access); });
+      A total[1];
+      sum_row(p.sizes.length, terms(row), total);
+      out[row] = total[0];
     }
-  });
-}
-
-template <class T>
-void sum_grads_last(
-    const BackwardParams& p, const Coefficients& u, int64_t b, Range rows, Accumulator<T>* sum_vx,
-    Accumulator<T>* sum_v) {
-  using A = Accumulator<T>;
-  visit_grad<T, true>(p, u, [&](const auto& grad) {
-    sum_columns<A>(rows, p.sizes.channels, sum_vx, [&](int64_t row, int64_t i, auto access) {
-      return grad(b, row).at(i, access) * access.read(row_of<T>(p.x, b, row) + i);
-    });
-    sum_columns<A>(rows, p.sizes.channels, sum_v, [&](int64_t row, int64_t i, auto access) {
-      return grad(b, row).at(i, access);
-    });
   });
 }
 
@@ -236,9 +243,20 @@ void sum_grads(const BackwardParams& p, const Coefficients& u, int64_t b, Range 
   cpu::visit(p.dtype, [&](auto t) {
     using T = decltype(t);
     using A = Accumulator<T>;
-    p.layout == Layout::channels_last
-        ? sum_grads_last<T>(p, u, b, rows, static_cast<A*>(sum_vx), static_cast<A*>(sum_v))
-        : sum_grads_first<T>(p, u, b, rows, static_cast<A*>(sum_vx), static_cast<A*>(sum_v));
+    A *vx = static_cast<A*>(sum_vx), *v = static_cast<A*>(sum_v);
+    if (p.layout == Layout::channels_last)
+      return visit_grad<T, true>(p, u, [&](const auto& grad) {
+        sum_columns<2, A>(rows, p.sizes.channels, {vx, v},
+                          [&](int64_t row) { return GradTerms{row_of<T>(p.x, b, row), grad(b, row)}; });
+      });
+    visit_grad<T, false>(p, u, [&](const auto& grad) {
+      for (int64_t row = rows.begin; row < rows.end; ++row) {
+        A total[2];
+        sum_row(p.sizes.length, GradTerms{row_of<T>(p.x, b, row), grad(b, row)}, total);
+        vx[row] = total[0];
+        v[row] = total[1];
+      }
+    });
   });
 }
 
@@ -294,8 +312,8 @@ void rescale(const ForwardParams& p, const Coefficients& c, int64_t b, Range row
 }
 
 template <class T, bool last>
-void grad_x_rows(
-    const BackwardParams& p, const Coefficients& u, const Coefficients& c, int64_t b, Range range, bool streaming) {
+void grad_x_rows(const BackwardParams& p, const Coefficients& u, const Coefficients& c, int64_t b, Range range,
+                 bool streaming) {
   using A = Accumulator<T>;
   const int64_t n = columns_of(p);
   visit_grad<T, last>(p, u, [&](const auto& grad) {
@@ -314,8 +332,8 @@ void grad_x_rows(
   if (streaming) fence();
 }
 
-void grad_x(
-    const BackwardParams& p, const Coefficients& u, const Coefficients& dx, int64_t b, Range rows, bool streaming) {
+void grad_x(const BackwardParams& p, const Coefficients& u, const Coefficients& dx, int64_t b, Range rows,
+            bool streaming) {
   cpu::visit(p.dtype, [&](auto t) {
     using T = decltype(t);
     p.layout == Layout::channels_last ? grad_x_rows<T, true>(p, u, dx, b, rows, streaming)

@@ -12,8 +12,7 @@ constexpr int kTile = ATTNKERN_BYTES == 64 ? 4 : 2;  // kTile x 4 accumulators f
 // f(A{}, W{}): accumulation type and weight type
 template <class F>
 void visit_weights(const Inputs& p, const F& f) {
-  if (p.dtype == DType::float64)
-    return p.weight_dtype == DType::float64 ? f(double{}, double{}) : f(double{}, float{});
+  if (p.dtype == DType::float64) return p.weight_dtype == DType::float64 ? f(double{}, double{}) : f(double{}, float{});
   cpu::visit(p.weight_dtype, [&](auto w) {
     if constexpr (!std::is_same_v<decltype(w), double>) f(float{}, w);
   });
@@ -32,8 +31,10 @@ ATTNKERN_INLINE Vec<A> load_as_n(const T* p, int64_t n) {
 
 template <class A, class T>
 ATTNKERN_INLINE A read_as(const T* p) {
-  if constexpr (sizeof(T) == 2) return load_n(p, 1)[0];
-  else return *p;
+  if constexpr (sizeof(T) == 2)
+    return load_n(p, 1)[0];
+  else
+    return *p;
 }
 
 template <class A, class T>
@@ -72,8 +73,7 @@ void dot_rows(const A* in, const W* w, const W* bias, A* out, Range rows, int64_
   int64_t i = rows.begin;
   for (; i + 4 <= rows.end; i += 4)
     dot_tile<M, 4>(in, w + i * inner, bias ? bias + i : nullptr, out + i, inner, ld_out);
-  for (; i < rows.end; ++i)
-    dot_tile<M, 1>(in, w + i * inner, bias ? bias + i : nullptr, out + i, inner, ld_out);
+  for (; i < rows.end; ++i) dot_tile<M, 1>(in, w + i * inner, bias ? bias + i : nullptr, out + i, inner, ld_out);
 }
 
 template <class A, class W>
@@ -93,8 +93,8 @@ struct Strided {
 };
 
 template <int M, int N, class A, class T, class Out>
-ATTNKERN_INLINE void outer_tile(
-    const Strided<A>& a, const T* b, int64_t ld_b, Out* out, int64_t ld_out, int64_t inner, int64_t n) {
+ATTNKERN_INLINE void outer_tile(const Strided<A>& a, const T* b, int64_t ld_b, Out* out, int64_t ld_out, int64_t inner,
+                                int64_t n) {
   constexpr int64_t kChain = 256;  // terms a lane adds before its sum joins the total
   Vec<A> total[M][N] = {};
   for (int64_t begin = 0; begin < inner; begin += kChain) {
@@ -113,14 +113,13 @@ ATTNKERN_INLINE void outer_tile(
       for (int j = 0; j < N; ++j) total[m][j] += sums[m][j];
   }
   for (int m = 0; m < M; ++m)
-    for (int j = 0; j < N; ++j)
-      write_as<A>(out + m * ld_out + j * kLanes<A>, total[m][j], N == 1 ? n : kLanes<A>);
+    for (int j = 0; j < N; ++j) write_as<A>(out + m * ld_out + j * kLanes<A>, total[m][j], N == 1 ? n : kLanes<A>);
 }
 
 // Rows `rows` and columns `columns` of out.
 template <class A, class T, class Out>
-void product(
-    const Strided<A>& a, const T* b, int64_t ld_b, Out* out, int64_t ld_out, Range rows, Range columns, int64_t inner) {
+void product(const Strided<A>& a, const T* b, int64_t ld_b, Out* out, int64_t ld_out, Range rows, Range columns,
+             int64_t inner) {
   constexpr int64_t lanes = kLanes<A>;
   const auto column_tile = [&](int64_t i, auto m) {
     constexpr int M = decltype(m)::value;
@@ -129,8 +128,8 @@ void product(
     for (; j + 2 * lanes <= columns.end; j += 2 * lanes)
       outer_tile<M, 2>(ai, b + j, ld_b, out + i * ld_out + j, ld_out, inner, lanes);
     for (; j < columns.end; j += lanes)
-      outer_tile<M, 1>(
-          ai, b + j, ld_b, out + i * ld_out + j, ld_out, inner, columns.end - j < lanes ? columns.end - j : lanes);
+      outer_tile<M, 1>(ai, b + j, ld_b, out + i * ld_out + j, ld_out, inner,
+                       columns.end - j < lanes ? columns.end - j : lanes);
   };
   int64_t i = rows.begin;
   for (; i + kTile <= rows.end; i += kTile) column_tile(i, std::integral_constant<int, kTile>{});
@@ -254,6 +253,22 @@ void coefficients(const Inputs& p, const void* logits, Range samples, const Coef
 
 // ---- backward
 
+// s vx + t v
+template <class A>
+struct DropPathTerms {
+  const Options& o;
+  const A *z, *vx, *v;
+  int64_t channels;
+  template <class Access>
+  ATTNKERN_INLINE Terms<A, 1> at(int64_t c, const Access& access) const {
+    const Vec<A> g = gate<A>(o, access.read(z + c)), vxc = access.read(vx + c), vc = access.read(v + c);
+    if (o.apply == Apply::scale1p) return {{(1 + g) * vxc}};
+    if (o.apply == Apply::scale_shift) return {{g * vxc + access.read(z + channels + c) * vc}};
+    if (o.apply == Apply::shift) return {{vxc + g * vc}};
+    return {{g * vxc}};
+  }
+};
+
 void grad_logits(const BackwardParams& p, Range samples, const void* sum_vx, const void* sum_v, void* dz) {
   visit_accumulation(p, [&](auto acc) {
     using A = decltype(acc);
@@ -267,7 +282,8 @@ void grad_logits(const BackwardParams& p, Range samples, const void* sum_vx, con
       A* out = static_cast<A*>(dz) + b * width;
       const A scale = sample_scale<A>(p, b);
       elementwise<A>({0, channels}, [&](int64_t c, auto access) {
-        Vec<A> d = gate_grad<A>(p.options, access.read(z + c)) * access.read((apply == Apply::shift ? v : vx) + c) * scale;
+        Vec<A> d =
+            gate_grad<A>(p.options, access.read(z + c)) * access.read((apply == Apply::shift ? v : vx) + c) * scale;
         if (extra) d += access.read(extra + c);
         access.write(out + c, d, false);
         if (apply == Apply::scale_shift) {
@@ -278,15 +294,9 @@ void grad_logits(const BackwardParams& p, Range samples, const void* sum_vx, con
       });
       // dd = gain sum_c (s sum_l v x + t sum_l v)
       if (p.ddrop_path) {
-        const A total = sum_row<A>(channels, [&](int64_t c, auto access) {
-          const Vec<A> g = gate<A>(p.options, access.read(z + c));
-          const Vec<A> vxc = access.read(vx + c), vc = access.read(v + c);
-          if (apply == Apply::scale1p) return (1 + g) * vxc;
-          if (apply == Apply::scale_shift) return g * vxc + access.read(z + channels + c) * vc;
-          if (apply == Apply::shift) return vxc + g * vc;
-          return g * vxc;
-        });
-        static_cast<A*>(p.ddrop_path)[b] = static_cast<A>(p.options.gain) * total;
+        A total[1];
+        sum_row(channels, DropPathTerms<A>{p.options, z, vx, v, channels}, total);
+        static_cast<A*>(p.ddrop_path)[b] = static_cast<A>(p.options.gain) * total[0];
       }
     }
   });
@@ -318,9 +328,8 @@ void grad_mean(const BackwardParams& p, Range samples, Range columns, const void
     using W = decltype(weight);
     const int64_t channels = p.sizes.channels, inner = p.w2 ? p.sizes.hidden : p.sizes.width;
     A* out = static_cast<A*>(dm);
-    product(
-        Strided<A>{static_cast<const A*>(first), inner, 1}, static_cast<const W*>(p.w1), channels, out, channels,
-        samples, columns, inner);
+    product(Strided<A>{static_cast<const A*>(first), inner, 1}, static_cast<const W*>(p.w1), channels, out, channels,
+            samples, columns, inner);
     if (p.src) return;
     const A length = static_cast<A>(p.sizes.length);
     for (int64_t b = samples.begin; b < samples.end; ++b)
@@ -331,28 +340,26 @@ void grad_mean(const BackwardParams& p, Range samples, Range columns, const void
 }
 
 template <class A, class W>
-void grad_layer(
-    Range rows, const void* grad, int64_t outputs, const void* in, int64_t inputs, int64_t batch, void* dw, void* db) {
+void grad_layer(Range rows, const void* grad, int64_t outputs, const void* in, int64_t inputs, int64_t batch, void* dw,
+                void* db) {
   const A* g = static_cast<const A*>(grad);
   if (dw)
-    product(
-        Strided<A>{g, 1, outputs}, static_cast<const A*>(in), inputs, static_cast<W*>(dw), inputs, rows, {0, inputs},
-        batch);
+    product(Strided<A>{g, 1, outputs}, static_cast<const A*>(in), inputs, static_cast<W*>(dw), inputs, rows,
+            {0, inputs}, batch);
   if (db) column_sums(g, outputs, static_cast<W*>(db), rows, batch);
 }
 
 void grad_w1(const BackwardParams& p, Range rows, const void* first) {
   visit_weights(p, [&](auto acc, auto weight) {
-    grad_layer<decltype(acc), decltype(weight)>(
-        rows, first, p.w2 ? p.sizes.hidden : p.sizes.width, p.src ? p.src : p.mean, p.sizes.channels, p.sizes.batch,
-        p.dw1, p.db1);
+    grad_layer<decltype(acc), decltype(weight)>(rows, first, p.w2 ? p.sizes.hidden : p.sizes.width,
+                                                p.src ? p.src : p.mean, p.sizes.channels, p.sizes.batch, p.dw1, p.db1);
   });
 }
 
 void grad_w2(const BackwardParams& p, Range rows, const void* dz, const void* a) {
   visit_weights(p, [&](auto acc, auto weight) {
-    grad_layer<decltype(acc), decltype(weight)>(
-        rows, dz, p.sizes.width, a, p.sizes.hidden, p.sizes.batch, p.dw2, p.db2);
+    grad_layer<decltype(acc), decltype(weight)>(rows, dz, p.sizes.width, a, p.sizes.hidden, p.sizes.batch, p.dw2,
+                                                p.db2);
   });
 }
 
@@ -364,8 +371,9 @@ void grad_act_weight(const BackwardParams& p, const void* da) {
     W* out = static_cast<W*>(p.dact_weight);
     const int64_t r = p.sizes.hidden, batch = p.sizes.batch;
     if (p.act_weight_stride) return column_sums(d, r, out, {0, r}, batch);
-    const A total = sum_row<A>(batch * r, [&](int64_t i, auto access) { return access.read(d + i); });
-    write_as<A>(out, splat(total), 1);
+    A total[1];
+    sum_row(batch * r, XTerms<A>{d}, total);
+    write_as<A>(out, splat(total[0]), 1);
   });
 }
 

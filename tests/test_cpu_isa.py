@@ -1,0 +1,130 @@
+"""CPU kernels under every instruction set of this processor, each forced in its own process."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from attnkern import _native, testing
+from attnkern.ops.squeeze_excite.cases import case
+from attnkern.ops.squeeze_excite.op import squeeze, squeeze_excite
+
+ROOT = Path(__file__).resolve().parent.parent
+pytestmark = pytest.mark.skipif(not _native.available, reason=_native.reason)
+
+ISAS = ("avx512", "avx2", "scalar")
+NAMES = {
+    "resnet",
+    "effnet",
+    "residual_relu",
+    "residual_silu",
+    "lc0",
+    "prelu",
+    "one_sample_long",
+    "2d",
+    "1d",
+}
+
+# Every dtype and layout of cases with and without tails; prints what leaves the budget.
+CHECK = f"""
+import torch
+from attnkern import _C, testing
+print(_C.cpu_isa())
+for spec in testing.specs():
+    for case in spec.cases:
+        if case.name not in {NAMES!r}:
+            continue
+        for dtype in (torch.float32, torch.float64, torch.bfloat16, torch.float16):
+            for channels_last in (False, True):
+                inputs = case.inputs(dtype, channels_last=channels_last)
+                try:
+                    testing.compare(spec, case, inputs, impl="native")
+                except AssertionError as error:
+                    print(spec.name, case.name, dtype, channels_last, error)
+print("done")
+"""
+
+
+def python(code: str, isa: str) -> subprocess.CompletedProcess[str]:
+    return subprocess.run(
+        [sys.executable, "-c", code],
+        env={**os.environ, "ATTNKERN_CPU_ISA": isa},
+        capture_output=True,
+        text=True,
+        timeout=600,
+    )
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_results_within_budget(isa: str) -> None:
+    if isa not in _native._C.cpu_isas():  # type: ignore[union-attr]
+        pytest.skip(f"this processor has no {isa}")
+    done = python(CHECK, isa)
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.splitlines() == [isa, "done"]
+
+
+def test_unknown_isa_is_an_error() -> None:
+    call = "import torch, attnkern; attnkern.functional.squeeze(torch.ones(2, 3, 4), impl='native')"
+    done = python(call, "sse9")
+    assert done.returncode == 1  # a Python error, not a signal
+    assert "ATTNKERN_CPU_ISA must be one of" in done.stderr
+    assert "got 'sse9'" in done.stderr
+
+
+# Large enough to be shared out: grouped, phased, and channels-last blocks.
+THREADED = [
+    case("one_sample", 1, 96, (56, 56), 24, residual=True, out_act="relu"),
+    case("few_samples", 3, 64, (40, 40), 16, act="silu"),
+    case("many_samples", 16, 48, (28, 28), 12, drop_path=True),
+]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("c", THREADED, ids=lambda c: c.name)
+def test_results_do_not_depend_on_threads(
+    c: testing.Case, dtype: torch.dtype, channels_last: bool
+) -> None:
+    inputs = c.inputs(dtype, channels_last=channels_last)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 5):
+            torch.set_num_threads(threads)
+            result = testing.run(squeeze_excite, inputs, c.options, impl="native")
+            mean = squeeze(inputs["x"], impl="native")
+            results.append([*result.outputs, *result.grads.values(), mean])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
+
+
+def test_vectors_and_elementary_functions(tmp_path: Path) -> None:
+    compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
+    if compiler is None:
+        pytest.skip("no C++ compiler")
+    program = tmp_path / "simd_checks"
+    sources = [ROOT / "tests/cpp/simd_checks.cpp", ROOT / "csrc/cpu/isa.cpp"]
+    flags = [
+        "-O2",
+        "-std=gnu++20",
+        "-fno-math-errno",
+        "-Wno-psabi",
+        f"-I{ROOT / 'csrc'}",
+        f"-I{ROOT / 'tests/cpp'}",
+    ]
+    subprocess.run(
+        [*compiler.split(), *flags, *map(str, sources), "-o", str(program)], check=True, timeout=600
+    )
+    done = subprocess.run([str(program)], capture_output=True, text=True, timeout=600)
+    isas = len(_native._C.cpu_isas())  # type: ignore[union-attr]
+    assert done.stdout == f"checked {isas} instruction sets, 0 failures\n", done.stdout
