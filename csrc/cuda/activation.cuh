@@ -9,9 +9,7 @@
 
 namespace attnkern::cuda {
 
-ATTNKERN_HOST_DEVICE float sigmoid(float x) {
-  return 1.0f / (1.0f + expf(-x));
-}
+ATTNKERN_HOST_DEVICE float sigmoid(float x) { return 1.0f / (1.0f + expf(-x)); }
 
 ATTNKERN_HOST_DEVICE float clamp_from_zero(float x, float high) {  // NaN stays
   return x <= 0.0f ? 0.0f : x >= high ? high : x;
@@ -24,34 +22,43 @@ ATTNKERN_HOST_DEVICE float softplus(float x) {  // torch's threshold
 // `slope`: of leaky_relu, or prelu's weight.
 ATTNKERN_HOST_DEVICE float activation(Act act, float x, float slope = 0.0f) {
   switch (act) {
-    case Act::relu: return x <= 0.0f ? 0.0f : x;
-    case Act::relu6: return clamp_from_zero(x, 6.0f);
+    case Act::relu:
+      return x <= 0.0f ? 0.0f : x;
+    case Act::relu6:
+      return clamp_from_zero(x, 6.0f);
     case Act::leaky_relu:
-    case Act::prelu: return x > 0.0f ? x : slope * x;
-    case Act::silu: return x / (1.0f + expf(-x));
-    case Act::hardswish: return x * clamp_from_zero(x + 3.0f, 6.0f) / 6.0f;
-    case Act::gelu: return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
-    case Act::mish: return x * tanhf(softplus(x));
-    default: return x;
+    case Act::prelu:
+      return x > 0.0f ? x : slope * x;
+    case Act::silu:
+      return x / (1.0f + expf(-x));
+    case Act::hardswish:
+      return x * clamp_from_zero(x + 3.0f, 6.0f) / 6.0f;
+    case Act::gelu:
+      return 0.5f * x * (1.0f + erff(x * 0.7071067811865476f));
+    case Act::mish:
+      return x * tanhf(softplus(x));
+    default:
+      return x;
   }
 }
 
 // The bit that the mask keeps: out_act'(u) of relu and relu6; true at NaN.
-ATTNKERN_HOST_DEVICE bool mask_bit(Act act, float u) {
-  return !(u <= 0.0f || (act == Act::relu6 && u >= 6.0f));
-}
+ATTNKERN_HOST_DEVICE bool mask_bit(Act act, float u) { return !(u <= 0.0f || (act == Act::relu6 && u >= 6.0f)); }
 
 ATTNKERN_HOST_DEVICE float activation_grad(Act act, float x, float slope = 0.0f) {
   switch (act) {
     case Act::relu:
-    case Act::relu6: return mask_bit(act, x) ? 1.0f : 0.0f;
+    case Act::relu6:
+      return mask_bit(act, x) ? 1.0f : 0.0f;
     case Act::leaky_relu:
-    case Act::prelu: return x > 0.0f ? 1.0f : slope;
+    case Act::prelu:
+      return x > 0.0f ? 1.0f : slope;
     case Act::silu: {
       const float s = sigmoid(x);
       return s * (1.0f + x * (1.0f - s));
     }
-    case Act::hardswish: return x <= -3.0f ? 0.0f : x >= 3.0f ? 1.0f : x / 3.0f + 0.5f;
+    case Act::hardswish:
+      return x <= -3.0f ? 0.0f : x >= 3.0f ? 1.0f : x / 3.0f + 0.5f;
     case Act::gelu: {
       const float density = expf(-0.5f * x * x) * 0.3989422804014327f;  // 1 / sqrt(2 pi)
       return 0.5f * (1.0f + erff(x * 0.7071067811865476f)) + x * density;
@@ -60,18 +67,24 @@ ATTNKERN_HOST_DEVICE float activation_grad(Act act, float x, float slope = 0.0f)
       const float t = tanhf(softplus(x));
       return t + x * sigmoid(x) * (1.0f - t * t);
     }
-    default: return 1.0f;
+    default:
+      return 1.0f;
   }
 }
 
 // `slope`, `offset`: of hard_sigmoid.
 ATTNKERN_HOST_DEVICE float gate_value(Gate gate, float z, float slope, float offset) {
   switch (gate) {
-    case Gate::sigmoid: return sigmoid(z);
-    case Gate::hard_sigmoid: return clamp_from_zero(slope * z + offset, 1.0f);
-    case Gate::relu: return z <= 0.0f ? 0.0f : z;
-    case Gate::tanh: return tanhf(z);
-    default: return z;
+    case Gate::sigmoid:
+      return sigmoid(z);
+    case Gate::hard_sigmoid:
+      return clamp_from_zero(slope * z + offset, 1.0f);
+    case Gate::relu:
+      return z <= 0.0f ? 0.0f : z;
+    case Gate::tanh:
+      return tanhf(z);
+    default:
+      return z;
   }
 }
 
@@ -85,12 +98,14 @@ ATTNKERN_HOST_DEVICE float gate_grad(Gate gate, float z, float slope, float offs
       const float v = slope * z + offset;
       return v > 0.0f && v < 1.0f ? slope : 0.0f;
     }
-    case Gate::relu: return z <= 0.0f ? 0.0f : 1.0f;
+    case Gate::relu:
+      return z <= 0.0f ? 0.0f : 1.0f;
     case Gate::tanh: {
       const float g = tanhf(z);
       return 1.0f - g * g;
     }
-    default: return 1.0f;
+    default:
+      return 1.0f;
   }
 }
 

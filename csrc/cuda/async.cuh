@@ -1,4 +1,5 @@
-// Copies from global to shared memory that run beside the thread: cp.async (sm_80) and bulk copies on an mbarrier (sm_90).
+// Copies from global to shared memory that run beside the thread: cp.async (sm_80) and bulk copies on an mbarrier
+// (sm_90).
 #pragma once
 
 #include "cuda/cluster.cuh"
@@ -11,7 +12,8 @@
 
 namespace attnkern::cuda {
 
-// 16 bytes to to[i], both sides 16-byte aligned. Readable by this thread after async_wait, by others after a barrier on top.
+// 16 bytes to to[i], both sides 16-byte aligned. Readable by this thread after async_wait, by others after a barrier on
+// top.
 template <class T>
 ATTNKERN_DEVICE void async_copy(const Shared<T>& to, int i, const T* from) {
   const uint32_t address = to.address() + i * static_cast<uint32_t>(sizeof(T));
@@ -26,8 +28,8 @@ ATTNKERN_DEVICE void async_wait() {
   asm volatile("cp.async.wait_group %0;" ::"n"(pending) : "memory");
 }
 
-// A barrier of one arrival in shared memory on which bulk copies report their bytes. One thread initialises it, then the block
-// synchronises. Phases alternate in parity, 0 first. sm_90 and later: below it nothing may call this.
+// A barrier of one arrival in shared memory on which bulk copies report their bytes. One thread initialises it, then
+// the block synchronises. Phases alternate in parity, 0 first. sm_90 and later: below it nothing may call this.
 struct CopyBarrier {
   Shared<uint64_t> word;
 
@@ -49,20 +51,22 @@ struct CopyBarrier {
     asm volatile(
         "{\n .reg .pred done;\n"
         "again: mbarrier.try_wait.parity.shared::cta.b64 done, [%0], %1;\n"
-        " @!done bra again;\n}" ::"r"(word.address()), "r"(parity) : "memory");
+        " @!done bra again;\n}" ::"r"(word.address()),
+        "r"(parity)
+        : "memory");
 #endif
   }
 };
 
-// `count` elements to to[i] by one thread: both sides 16-byte aligned, a multiple of 16 bytes. Reading to[] again after it was
-// read by threads needs async_fence() by them and a barrier before the copy.
+// `count` elements to to[i] by one thread: both sides 16-byte aligned, a multiple of 16 bytes. Reading to[] again after
+// it was read by threads needs async_fence() by them and a barrier before the copy.
 template <class T>
 ATTNKERN_DEVICE void bulk_copy(const Shared<T>& to, int i, const T* from, int count, const CopyBarrier& barrier) {
 #if ATTNKERN_HAS_CLUSTERS
   const uint32_t address = to.address() + i * static_cast<uint32_t>(sizeof(T));
-  asm volatile(
-      "cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address), "l"(from),
-      "r"(count * static_cast<int>(sizeof(T))), "r"(barrier.word.address()) : "memory");
+  asm volatile("cp.async.bulk.shared::cluster.global.mbarrier::complete_tx::bytes [%0], [%1], %2, [%3];" ::"r"(address),
+               "l"(from), "r"(count * static_cast<int>(sizeof(T))), "r"(barrier.word.address())
+               : "memory");
 #endif
 }
 

@@ -11,7 +11,8 @@
 
 namespace attnkern::cuda {
 
-// Adds and returns the old value; orders this thread's earlier accesses before, its later ones after (acq_rel, device scope).
+// Adds and returns the old value; orders this thread's earlier accesses before, its later ones after (acq_rel, device
+// scope).
 ATTNKERN_DEVICE uint32_t atomic_add(uint32_t* counter, uint32_t value) {
   uint32_t old;
   asm volatile("atom.acq_rel.gpu.global.add.u32 %0, [%1], %2;" : "=r"(old) : "l"(counter), "r"(value) : "memory");

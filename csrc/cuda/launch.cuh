@@ -8,11 +8,11 @@
 namespace attnkern::cuda {
 
 struct LaunchConfig {
-  int64_t grid;                // blocks, a multiple of cluster; 0 launches nothing
-  int block;                   // threads, a multiple of 32
-  int shared_bytes = 0;        // dynamic
-  int cluster = 1;             // blocks a cluster, up to 16 on sm_90
-  bool cooperative = false;    // all blocks resident at once, or an error
+  int64_t grid;              // blocks, a multiple of cluster; 0 launches nothing
+  int block;                 // threads, a multiple of 32
+  int shared_bytes = 0;      // dynamic
+  int cluster = 1;           // blocks a cluster, up to 16 on sm_90
+  bool cooperative = false;  // all blocks resident at once, or an error
 };
 
 }  // namespace attnkern::cuda
@@ -37,8 +37,8 @@ inline Status status_of(cudaError_t error) {
 namespace detail {
 
 // `attributes` must outlive the returned configuration.
-inline cudaLaunchConfig_t native_config(
-    const LaunchConfig& config, void* stream, std::array<cudaLaunchAttribute, 2>& attributes) {
+inline cudaLaunchConfig_t native_config(const LaunchConfig& config, void* stream,
+                                        std::array<cudaLaunchAttribute, 2>& attributes) {
   cudaLaunchConfig_t native{};
   native.gridDim = dim3(static_cast<unsigned>(config.grid));
   native.blockDim = dim3(static_cast<unsigned>(config.block));
@@ -91,8 +91,9 @@ inline Status fill_bytes(void* memory, int value, size_t bytes, void* stream) {
 
 // The same for a copy within device memory.
 inline Status copy_bytes(void* to, const void* from, size_t bytes, void* stream) {
-  return bytes ? status_of(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)))
-               : Status{};
+  return bytes
+             ? status_of(cudaMemcpyAsync(to, from, bytes, cudaMemcpyDeviceToDevice, static_cast<cudaStream_t>(stream)))
+             : Status{};
 }
 
 inline Status current_device(int& index) { return status_of(cudaGetDevice(&index)); }
@@ -114,8 +115,7 @@ inline Status device_properties(DeviceProperties& properties) {
       return value;
     };
     DeviceProperties& p = known[device];
-    p.compute_capability =
-        10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
+    p.compute_capability = 10 * ask(cudaDevAttrComputeCapabilityMajor) + ask(cudaDevAttrComputeCapabilityMinor);
     p.sm_count = ask(cudaDevAttrMultiProcessorCount);
     p.shared_bytes_per_block = ask(cudaDevAttrMaxSharedMemoryPerBlockOptin);
     p.shared_bytes_per_sm = ask(cudaDevAttrMaxSharedMemoryPerMultiprocessor);
@@ -127,7 +127,8 @@ inline Status device_properties(DeviceProperties& properties) {
   return outcome[device];
 }
 
-// Clusters (blocks, where config.cluster is 1) of this kernel resident at once on the current device; 0 if it cannot run.
+// Clusters (blocks, where config.cluster is 1) of this kernel resident at once on the current device; 0 if it cannot
+// run.
 template <class... Parameters>
 Status max_active_clusters(void (*kernel)(Parameters...), const LaunchConfig& config, int& clusters) {
   clusters = 0;

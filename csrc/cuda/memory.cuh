@@ -1,4 +1,5 @@
-// Global memory with cache hints, and typed views of dynamic shared memory. The emulator checks bounds, initialisation and races.
+// Global memory with cache hints, and typed views of dynamic shared memory. The emulator checks bounds, initialisation
+// and races.
 #pragma once
 
 #include "cuda/vec.cuh"
@@ -40,31 +41,35 @@ ATTNKERN_DEVICE uint64_t streaming_policy() {
 template <int Bytes, Cache hint>
 struct GlobalAccess;
 
-#define ATTNKERN_GLOBAL_ACCESS(BYTES, WORD, CONSTRAINT, SUFFIX)                                            \
-  template <Cache hint>                                                                                    \
-  struct GlobalAccess<BYTES, hint> {                                                                       \
-    using Word = WORD;                                                                                     \
-    ATTNKERN_DEVICE static Word load(const void* from) {                                                   \
-      Word v;                                                                                              \
-      if constexpr (hint == Cache::streaming)                                                              \
-        asm volatile("ld.global.L1::no_allocate.L2::cache_hint." SUFFIX " %0, [%1], %2;"                   \
-                     : "=" CONSTRAINT(v) : "l"(from), "l"(streaming_policy()) : "memory");                 \
-      else if constexpr (hint == Cache::keep)                                                              \
-        asm volatile("ld.global.L2::cache_hint." SUFFIX " %0, [%1], %2;"                                   \
-                     : "=" CONSTRAINT(v) : "l"(from), "l"(keep_policy()) : "memory");                      \
-      else                                                                                                 \
-        asm volatile("ld.global." SUFFIX " %0, [%1];" : "=" CONSTRAINT(v) : "l"(from) : "memory");         \
-      return v;                                                                                            \
-    }                                                                                                      \
-    ATTNKERN_DEVICE static void store(void* to, Word v) {                                                  \
-      if constexpr (hint == Cache::streaming)                                                              \
-        asm volatile("st.global.cs." SUFFIX " [%0], %1;" ::"l"(to), CONSTRAINT(v) : "memory");             \
-      else if constexpr (hint == Cache::keep)                                                              \
-        asm volatile("st.global.L2::cache_hint." SUFFIX " [%0], %1, %2;" ::"l"(to), CONSTRAINT(v),         \
-                     "l"(keep_policy()) : "memory");                                                       \
-      else                                                                                                 \
-        asm volatile("st.global." SUFFIX " [%0], %1;" ::"l"(to), CONSTRAINT(v) : "memory");                \
-    }                                                                                                      \
+#define ATTNKERN_GLOBAL_ACCESS(BYTES, WORD, CONSTRAINT, SUFFIX)                                                       \
+  template <Cache hint>                                                                                               \
+  struct GlobalAccess<BYTES, hint> {                                                                                  \
+    using Word = WORD;                                                                                                \
+    ATTNKERN_DEVICE static Word load(const void* from) {                                                              \
+      Word v;                                                                                                         \
+      if constexpr (hint == Cache::streaming)                                                                         \
+        asm volatile("ld.global.L1::no_allocate.L2::cache_hint." SUFFIX " %0, [%1], %2;"                              \
+                     : "=" CONSTRAINT(v)                                                                              \
+                     : "l"(from), "l"(streaming_policy())                                                             \
+                     : "memory");                                                                                     \
+      else if constexpr (hint == Cache::keep)                                                                         \
+        asm volatile("ld.global.L2::cache_hint." SUFFIX " %0, [%1], %2;"                                              \
+                     : "=" CONSTRAINT(v)                                                                              \
+                     : "l"(from), "l"(keep_policy())                                                                  \
+                     : "memory");                                                                                     \
+      else                                                                                                            \
+        asm volatile("ld.global." SUFFIX " %0, [%1];" : "=" CONSTRAINT(v) : "l"(from) : "memory");                    \
+      return v;                                                                                                       \
+    }                                                                                                                 \
+    ATTNKERN_DEVICE static void store(void* to, Word v) {                                                             \
+      if constexpr (hint == Cache::streaming)                                                                         \
+        asm volatile("st.global.cs." SUFFIX " [%0], %1;" ::"l"(to), CONSTRAINT(v) : "memory");                        \
+      else if constexpr (hint == Cache::keep)                                                                         \
+        asm volatile("st.global.L2::cache_hint." SUFFIX " [%0], %1, %2;" ::"l"(to), CONSTRAINT(v), "l"(keep_policy()) \
+                     : "memory");                                                                                     \
+      else                                                                                                            \
+        asm volatile("st.global." SUFFIX " [%0], %1;" ::"l"(to), CONSTRAINT(v) : "memory");                           \
+    }                                                                                                                 \
   };
 ATTNKERN_GLOBAL_ACCESS(2, uint16_t, "h", "u16")
 ATTNKERN_GLOBAL_ACCESS(4, uint32_t, "r", "u32")
@@ -87,13 +92,19 @@ struct GlobalAccess<16, hint> {
     Word v;
     if constexpr (hint == Cache::streaming)
       asm volatile("ld.global.L1::no_allocate.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from), "l"(streaming_policy()) : "memory");
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "l"(from), "l"(streaming_policy())
+                   : "memory");
     else if constexpr (hint == Cache::keep)
       asm volatile("ld.global.L2::cache_hint.v4.u32 {%0, %1, %2, %3}, [%4], %5;"
-                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from), "l"(keep_policy()) : "memory");
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "l"(from), "l"(keep_policy())
+                   : "memory");
     else
       asm volatile("ld.global.v4.u32 {%0, %1, %2, %3}, [%4];"
-                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w) : "l"(from) : "memory");
+                   : "=r"(v.x), "=r"(v.y), "=r"(v.z), "=r"(v.w)
+                   : "l"(from)
+                   : "memory");
     return v;
   }
   ATTNKERN_DEVICE static void store(void* to, Word v) {
@@ -102,7 +113,8 @@ struct GlobalAccess<16, hint> {
                    : "memory");
     else if constexpr (hint == Cache::keep)
       asm volatile("st.global.L2::cache_hint.v4.u32 [%0], {%1, %2, %3, %4}, %5;" ::"l"(to), "r"(v.x), "r"(v.y),
-                   "r"(v.z), "r"(v.w), "l"(keep_policy()) : "memory");
+                   "r"(v.z), "r"(v.w), "l"(keep_policy())
+                   : "memory");
     else
       asm volatile("st.global.v4.u32 [%0], {%1, %2, %3, %4};" ::"l"(to), "r"(v.x), "r"(v.y), "r"(v.z), "r"(v.w)
                    : "memory");
@@ -150,7 +162,8 @@ ATTNKERN_DEVICE void store_global_vec(T* to, const Vec<T, N>& pack) {
   }
 }
 
-// Elements [0, count) of dynamic shared memory from a byte offset. Indices count elements; packs are aligned to themselves.
+// Elements [0, count) of dynamic shared memory from a byte offset. Indices count elements; packs are aligned to
+// themselves.
 template <class T>
 struct Shared {
   T* data;

@@ -1,5 +1,5 @@
-// Chooses what runs a kernel: nvcc's device code, or the emulator of tests/simt (ATTNKERN_SIMT). Kernels reach the hardware
-// only through the functions of this folder; each has a twin in tests/simt/emulator.h.
+// Chooses what runs a kernel: nvcc's device code, or the emulator of tests/simt (ATTNKERN_SIMT). Kernels reach the
+// hardware only through the functions of this folder; each has a twin in tests/simt/emulator.h.
 #pragma once
 
 #include <cstddef>

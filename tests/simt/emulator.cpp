@@ -25,8 +25,8 @@ std::vector<void*> free_stacks;
 void* take_stack() {
   if (free_stacks.empty()) {
     constexpr size_t count = 256;
-    auto* memory = static_cast<char*>(mmap(nullptr, count * kStackBytes, PROT_READ | PROT_WRITE,
-                                           MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
+    auto* memory = static_cast<char*>(
+        mmap(nullptr, count * kStackBytes, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0));
     for (size_t i = 0; i < count; ++i) free_stacks.push_back(memory + i * kStackBytes);
   }
   void* stack = free_stacks.back();
@@ -121,12 +121,18 @@ void merge_known(Block& block) {
 
 const char* describe(Wait wait) {
   switch (wait) {
-    case Wait::warp: return "a warp operation";
-    case Wait::block: return "block_sync";
-    case Wait::cluster: return "cluster_wait";
-    case Wait::counter: return "a counter";
-    case Wait::copy_barrier: return "a copy barrier";
-    default: return "nothing";
+    case Wait::warp:
+      return "a warp operation";
+    case Wait::block:
+      return "block_sync";
+    case Wait::cluster:
+      return "cluster_wait";
+    case Wait::counter:
+      return "a counter";
+    case Wait::copy_barrier:
+      return "a copy barrier";
+    default:
+      return "nothing";
   }
 }
 
@@ -137,7 +143,8 @@ std::string deadlock() {
     for (const Block& block : cluster->blocks) {
       const Thread* previous = nullptr;
       for (const Thread& thread : block.threads) {
-        if (thread.exited || listed == 8 || (previous && previous->wait == thread.wait && previous->site == thread.site))
+        if (thread.exited || listed == 8 ||
+            (previous && previous->wait == thread.wait && previous->site == thread.site))
           continue;
         previous = &thread;
         ++listed;
@@ -200,7 +207,8 @@ void thread_exit() {
   Cluster& cluster = *block.cluster;
   self->exited = true;
   ++engine.progress;
-  if (!self->copies.empty() || !self->copy_groups.empty()) fault("exits with an async_copy under way: async_wait is missing", {});
+  if (!self->copies.empty() || !self->copy_groups.empty())
+    fault("exits with an async_copy under way: async_wait is missing", {});
   const size_t warp = self->index / 32 * 32;
   for (size_t i = warp; i < warp + 32; ++i)
     if (block.threads[i].wait == Wait::warp)
@@ -208,7 +216,8 @@ void thread_exit() {
   if (block.arrived)
     for (const Thread& thread : block.threads)
       if (thread.wait == Wait::block)
-        fault("barrier divergence: exits while thread " + std::to_string(thread.index) + " waits for block_sync", thread.site);
+        fault("barrier divergence: exits while thread " + std::to_string(thread.index) + " waits for block_sync",
+              thread.site);
   if (cluster.arrived) fault("exits while other threads have arrived at a cluster barrier", self->site);
   if (++block.exited == static_cast<int>(block.threads.size())) {
     check_remote_readers_done(block);
@@ -309,7 +318,8 @@ Clock release_clock() {
   if (self->cluster_waited)
     for (const Block& other : block.cluster->blocks) {
       uint32_t tick = UINT32_MAX;
-      for (const Thread& thread : other.threads) tick = std::min(tick, thread.arrive_tick[(self->cluster_waited - 1) & 3]);
+      for (const Thread& thread : other.threads)
+        tick = std::min(tick, thread.arrive_tick[(self->cluster_waited - 1) & 3]);
       uint32_t& known = clock[block_key(other.index)];
       known = std::max(known, tick);
     }
@@ -407,9 +417,11 @@ Status run(const Shape& shape, const std::function<void()>& kernel) {
   if (shape.grid == 0) return {};
   if (shape.grid < 0 || shape.grid > INT32_MAX) return {"a grid of more than 2^31 - 1 blocks"};
   if (shape.block < 32 || shape.block > 1024 || shape.block % 32) return {"a block must be 1 to 32 whole warps"};
-  if (shape.cluster < 1 || shape.cluster > 16 || shape.grid % shape.cluster) return {"the grid is not a number of clusters of up to 16 blocks"};
+  if (shape.cluster < 1 || shape.cluster > 16 || shape.grid % shape.cluster)
+    return {"the grid is not a number of clusters of up to 16 blocks"};
   if (shape.cluster > 1 && device.compute_capability < 90) return {"clusters need compute capability 9.0"};
-  if (shape.shared_bytes < 0 || shape.shared_bytes > device.shared_bytes_per_block) return {"too much shared memory asked for"};
+  if (shape.shared_bytes < 0 || shape.shared_bytes > device.shared_bytes_per_block)
+    return {"too much shared memory asked for"};
   const int64_t clusters = shape.grid / shape.cluster;
   const int64_t resident = resident_blocks(shape.block, shape.shared_bytes) / shape.cluster;
   if (resident == 0) return {"not one cluster fits the device"};

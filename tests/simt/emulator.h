@@ -2,8 +2,9 @@
 // what hardware leaves undefined. This header is the engine and the twin of platform.cuh; memory.h, cluster.h, async.h,
 // atomic.h and launch.h are the twins of the other headers.
 //
-// Happens-before is kept by ticks: a counter that steps at every synchronisation. An access is stamped with the tick and
-// its thread; a barrier remembers the tick of its completion, so everything its threads did at earlier ticks is ordered.
+// Happens-before is kept by ticks: a counter that steps at every synchronisation. An access is stamped with the tick
+// and its thread; a barrier remembers the tick of its completion, so everything its threads did at earlier ticks is
+// ordered.
 #pragma once
 
 #include <csetjmp>
@@ -35,8 +36,7 @@ struct Site {
   int line;
   bool operator==(const Site& other) const { return line == other.line && file == other.file; }
 };
-#define ATTNKERN_SITE \
-  ::attnkern::simt::Site site = { __builtin_FILE(), __builtin_LINE() }
+#define ATTNKERN_SITE ::attnkern::simt::Site site = {__builtin_FILE(), __builtin_LINE()}
 
 // What the shadow knows of one byte.
 struct Cell {
@@ -47,7 +47,8 @@ struct Cell {
   uint16_t unused;            // no padding: cells are compared as bytes
 };
 
-using Clock = std::unordered_map<uint64_t, uint32_t>;  // block, thread or copy engine -> tick before which all is visible
+using Clock =
+    std::unordered_map<uint64_t, uint32_t>;  // block, thread or copy engine -> tick before which all is visible
 
 struct Block;
 struct Cluster;

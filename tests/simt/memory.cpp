@@ -67,8 +67,8 @@ std::string by(uint32_t id, uint16_t site) {
 
 void check_unordered(const Cell& cell, bool write, const char* memory, Site site) {
   const auto race = [&](const char* other, uint32_t id, uint16_t where) {
-    fault("race: " + std::string(write ? "write" : "read") + " of " + memory + " memory unordered with the " + other + " by " +
-              by(id, where),
+    fault("race: " + std::string(write ? "write" : "read") + " of " + memory + " memory unordered with the " + other +
+              " by " + by(id, where),
           site);
   };
   if (!ordered(cell.write_tick, cell.write_thread)) race("write", cell.write_thread, cell.write_site);
@@ -80,7 +80,9 @@ void check_unordered(const Cell& cell, bool write, const char* memory, Site site
 // One byte's check and record.
 void touch(Cell& cell, bool write, const char* memory, uint16_t where, Site site) {
   if (cell.pending)
-    fault(std::string(write ? "write to" : "read of") + " shared memory while an asynchronous copy writes it: the wait is missing", site);
+    fault(std::string(write ? "write to" : "read of") +
+              " shared memory while an asynchronous copy writes it: the wait is missing",
+          site);
   if (!write && !cell.initialised) fault(std::string("read of uninitialised ") + memory + " memory", site);
   check_unordered(cell, write, memory, site);
   if (write) {
@@ -136,7 +138,8 @@ Cell* global_cells(const void* address, size_t bytes, const char* verb, Site sit
 unsigned char* shared_access(Block& owner, uint32_t offset, uint32_t bytes, bool write, Site site) {
   if (&owner != self->block) {
     if (!self->cluster_waited) fault("access to another block's shared memory before the first cluster barrier", site);
-    if (owner.exited == static_cast<int>(owner.threads.size())) fault("access to the shared memory of a block that has exited", site);
+    if (owner.exited == static_cast<int>(owner.threads.size()))
+      fault("access to the shared memory of a block that has exited", site);
     owner.remote[self->id] = {engine.tick, site};
   }
   touch(owner.cells.data() + offset, bytes, write, "shared", site);
@@ -341,6 +344,8 @@ void simt_configure(uint64_t seed, int sms, int shared, int capability, int64_t 
 void* simt_allocate(size_t bytes, const char* name) { return attnkern::simt::allocate(bytes, name); }
 void simt_release(void* memory) { attnkern::simt::release(memory); }
 void simt_upload(void* to, const void* from, size_t bytes) { attnkern::simt::upload(to, from, bytes); }
-size_t simt_uninitialised(const void* memory, size_t bytes) { return attnkern::simt::uninitialised_bytes(memory, bytes); }
+size_t simt_uninitialised(const void* memory, size_t bytes) {
+  return attnkern::simt::uninitialised_bytes(memory, bytes);
+}
 
 }  // extern "C"

@@ -19,7 +19,8 @@ void store_global(T* to, T value, ATTNKERN_SITE) {
 
 template <int N, Cache hint = Cache::normal, class T>
 Vec<T, N> load_global_vec(const T* from, ATTNKERN_SITE) {
-  if (reinterpret_cast<uintptr_t>(from) % alignof(Vec<T, N>)) simt::fault("misaligned vector load from global memory", site);
+  if (reinterpret_cast<uintptr_t>(from) % alignof(Vec<T, N>))
+    simt::fault("misaligned vector load from global memory", site);
   simt::global_access(from, sizeof(Vec<T, N>), false, site);
   Vec<T, N> pack;
   std::memcpy(&pack, from, sizeof(pack));
@@ -28,7 +29,8 @@ Vec<T, N> load_global_vec(const T* from, ATTNKERN_SITE) {
 
 template <Cache hint = Cache::normal, class T, int N>
 void store_global_vec(T* to, const Vec<T, N>& pack, ATTNKERN_SITE) {
-  if (reinterpret_cast<uintptr_t>(to) % alignof(Vec<T, N>)) simt::fault("misaligned vector store to global memory", site);
+  if (reinterpret_cast<uintptr_t>(to) % alignof(Vec<T, N>))
+    simt::fault("misaligned vector store to global memory", site);
   simt::global_access(to, sizeof(pack), true, site);
   std::memcpy(to, &pack, sizeof(pack));
 }
@@ -39,7 +41,8 @@ struct Shared {
   int count;
 
   static Shared at(int byte_offset, int count, ATTNKERN_SITE) {
-    if (byte_offset < 0 || count < 0 || byte_offset + static_cast<int64_t>(count) * sizeof(T) > simt::self->block->shared.size())
+    if (byte_offset < 0 || count < 0 ||
+        byte_offset + static_cast<int64_t>(count) * sizeof(T) > simt::self->block->shared.size())
       simt::fault("a view of " + std::to_string(count) + " elements at byte " + std::to_string(byte_offset) +
                       " leaves the " + std::to_string(simt::self->block->shared.size()) + " bytes of shared memory",
                   site);

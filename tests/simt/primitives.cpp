@@ -1,5 +1,5 @@
-// Kernels that use every primitive, each with a fault that can be planted: test_simt.py wants the clean one to pass and the
-// planted one reported, under every schedule.
+// Kernels that use every primitive, each with a fault that can be planted: test_simt.py wants the clean one to pass and
+// the planted one reported, under every schedule.
 #include <cmath>
 #include <cstdio>
 #include <string>
@@ -126,8 +126,10 @@ ATTNKERN_KERNEL(64, 1) cluster_sum_kernel(Arrays a, int fault) {
   const int t = thread_index(), rank = cluster_rank();
   const float own = block_sum(load_global(a.input + block_index() * kThreads + t), scratch);
   if (t == 0) partial.store(rank, own);
-  if (fault == 1) block_sync();  // in place of the cluster's
-  else cluster_sync();
+  if (fault == 1)
+    block_sync();  // in place of the cluster's
+  else
+    cluster_sync();
   float total = 0;
   for (int r = 0; r < cluster_size(); ++r)
     total += remote(partial, fault == 2 ? (r + 1) % cluster_size() : fault == 3 ? r + cluster_size() : r).load(r);
@@ -279,7 +281,8 @@ ATTNKERN_KERNEL(64, 1) chain_kernel(Arrays a, int fault) {
   if (t == 0) slot.store(0, atomic_add(a.counter, 1));
   block_sync();
   const uint32_t ticket = slot.load(0);
-  if (t == 0 && fault != 2) wait_until_at_least(a.counter + 1, fault == 1 ? static_cast<uint32_t>(grid_size()) : ticket);
+  if (t == 0 && fault != 2)
+    wait_until_at_least(a.counter + 1, fault == 1 ? static_cast<uint32_t>(grid_size()) : ticket);
   block_sync();
   const float before = ticket ? load_global(a.output + (ticket - 1) * kThreads + t) : 0.0f;
   copy_through(a, static_cast<int>(ticket) * kThreads + t, before + 1);
@@ -327,78 +330,162 @@ ATTNKERN_KERNEL(64, 1) values_kernel(Arrays a, bool) {
 
 struct Case {
   const char* name;
-  int faults;                 // planted ones; 0 is the clean kernel
-  const char* expected[5];    // what the report of fault 1, 2, ... contains
+  int faults;               // planted ones; 0 is the clean kernel
+  const char* expected[5];  // what the report of fault 1, 2, ... contains
   Status (*launch)(const Arrays& arrays, int fault);
-  float (*output)(int i);     // of the clean kernel; NaN: not checked
+  float (*output)(int i);  // of the clean kernel; NaN: not checked
 };
 
 template <class Parameter>
-Status start(void (*kernel)(Arrays, Parameter), const Arrays& a, int fault, int grid = 1, int cluster = 1, bool cooperative = false) {
+Status start(void (*kernel)(Arrays, Parameter), const Arrays& a, int fault, int grid = 1, int cluster = 1,
+             bool cooperative = false) {
   return launch(kernel, {grid, kThreads, 8192, cluster, cooperative}, nullptr, a, static_cast<Parameter>(fault));
 }
 
 float first_sum(int count) { return count * (count + 1) / 2.0f; }
 
 const Case kCases[] = {
-    {"block_barrier", 1, {"race: "}, [](const Arrays& a, int f) { return start(neighbour_kernel, a, f); },
+    {"block_barrier",
+     1,
+     {"race: "},
+     [](const Arrays& a, int f) { return start(neighbour_kernel, a, f); },
      [](int i) { return i < 64 ? (i + 33) % 64 + 1.0f : NAN; }},
-    {"warp_barrier", 1, {"race: "}, [](const Arrays& a, int f) { return start(warp_neighbour_kernel, a, f); },
+    {"warp_barrier",
+     1,
+     {"race: "},
+     [](const Arrays& a, int f) { return start(warp_neighbour_kernel, a, f); },
      [](int i) { return i < 64 ? (i ^ 1) + 1.0f : NAN; }},
-    {"scratch_reuse", 1, {"race: "}, [](const Arrays& a, int f) { return start(reuse_kernel, a, f); },
+    {"scratch_reuse",
+     1,
+     {"race: "},
+     [](const Arrays& a, int f) { return start(reuse_kernel, a, f); },
      [](int i) { return i < 64 ? first_sum(64) + 64 : NAN; }},
-    {"shared_bounds", 1, {"shared memory out of bounds"},
-     [](const Arrays& a, int f) { return start(shared_bounds_kernel, a, f); }, [](int i) { return i < 64 ? i + 1.0f : NAN; }},
-    {"shared_slice", 1, {"a slice leaves its view"}, [](const Arrays& a, int f) { return start(slice_kernel, a, f); },
+    {"shared_bounds",
+     1,
+     {"shared memory out of bounds"},
+     [](const Arrays& a, int f) { return start(shared_bounds_kernel, a, f); },
+     [](int i) { return i < 64 ? i + 1.0f : NAN; }},
+    {"shared_slice",
+     1,
+     {"a slice leaves its view"},
+     [](const Arrays& a, int f) { return start(slice_kernel, a, f); },
      [](int i) { return i < 64 ? i % 32 + 33.0f : NAN; }},
-    {"shared_size", 1, {"leaves the 8192 bytes of shared memory"},
-     [](const Arrays& a, int f) { return start(arena_kernel, a, f); }, [](int i) { return i < 64 ? 1.0f : NAN; }},
-    {"global_bounds", 1, {"global write out of bounds: 4 bytes at byte 4096 of 'output'"},
-     [](const Arrays& a, int f) { return start(global_bounds_kernel, a, f); }, [](int i) { return i < 64 ? i + 1.0f : NAN; }},
-    {"global_below", 1, {"global read out of bounds: 4 bytes at byte -4 of 'input'"},
-     [](const Arrays& a, int f) { return start(global_below_kernel, a, f); }, [](int i) { return i < 64 ? i + 1.0f : NAN; }},
-    {"shared_uninitialised", 1, {"read of uninitialised shared"},
-     [](const Arrays& a, int f) { return start(shared_uninitialised_kernel, a, f); }, [](int i) { return i < 64 ? 64.0f - i : NAN; }},
-    {"global_uninitialised", 1, {"read of uninitialised global"},
-     [](const Arrays& a, int f) { return start(global_uninitialised_kernel, a, f); }, [](int i) { return i < 64 ? i + 1.0f : NAN; }},
-    {"alignment", 1, {"misaligned vector load"}, [](const Arrays& a, int f) { return start(alignment_kernel, a, f); },
+    {"shared_size",
+     1,
+     {"leaves the 8192 bytes of shared memory"},
+     [](const Arrays& a, int f) { return start(arena_kernel, a, f); },
+     [](int i) { return i < 64 ? 1.0f : NAN; }},
+    {"global_bounds",
+     1,
+     {"global write out of bounds: 4 bytes at byte 4096 of 'output'"},
+     [](const Arrays& a, int f) { return start(global_bounds_kernel, a, f); },
+     [](int i) { return i < 64 ? i + 1.0f : NAN; }},
+    {"global_below",
+     1,
+     {"global read out of bounds: 4 bytes at byte -4 of 'input'"},
+     [](const Arrays& a, int f) { return start(global_below_kernel, a, f); },
+     [](int i) { return i < 64 ? i + 1.0f : NAN; }},
+    {"shared_uninitialised",
+     1,
+     {"read of uninitialised shared"},
+     [](const Arrays& a, int f) { return start(shared_uninitialised_kernel, a, f); },
+     [](int i) { return i < 64 ? 64.0f - i : NAN; }},
+    {"global_uninitialised",
+     1,
+     {"read of uninitialised global"},
+     [](const Arrays& a, int f) { return start(global_uninitialised_kernel, a, f); },
+     [](int i) { return i < 64 ? i + 1.0f : NAN; }},
+    {"alignment",
+     1,
+     {"misaligned vector load"},
+     [](const Arrays& a, int f) { return start(alignment_kernel, a, f); },
      [](int i) { return i < 256 ? i + 1.0f : NAN; }},
-    {"global_race", 1, {"race: write of global"}, [](const Arrays& a, int f) { return start(block_race_kernel, a, f, 8); },
+    {"global_race",
+     1,
+     {"race: write of global"},
+     [](const Arrays& a, int f) { return start(block_race_kernel, a, f, 8); },
      [](int i) { return i < 8 ? 1.0f : NAN; }},
-    {"cluster_sum", 4,
+    {"cluster_sum",
+     4,
      {"before the first cluster barrier", "read of uninitialised shared", "rank 4 is outside a cluster of 4", "exit"},
      [](const Arrays& a, int f) { return start(cluster_sum_kernel, a, f, 8, 4); },
-     [](int i) { return i < 256 ? first_sum(256) : i < 512 ? first_sum(512) - first_sum(256) : NAN; }},
-    {"cluster_rounds", 1, {"race: "}, [](const Arrays& a, int f) { return start(cluster_rounds_kernel, a, f, 4, 2); },
+     [](int i) { return i < 256   ? first_sum(256)
+                        : i < 512 ? first_sum(512) - first_sum(256)
+                                  : NAN; }},
+    {"cluster_rounds",
+     1,
+     {"race: "},
+     [](const Arrays& a, int f) { return start(cluster_rounds_kernel, a, f, 4, 2); },
      [](int i) { return i < 256 ? 3.0f : NAN; }},
-    {"cluster_first", 1, {"before the first cluster barrier"},
-     [](const Arrays& a, int f) { return start(cluster_first_kernel, a, f, 4, 2); }, [](int i) { return i < 256 ? 3.0f : NAN; }},
-    {"cluster_split_barrier", 1, {"race: read of shared"},
-     [](const Arrays& a, int f) { return start(split_barrier_kernel, a, f, 4, 2); }, [](int i) { return i < 256 ? 2.0f : NAN; }},
-    {"async_copy", 2, {"the wait is missing", "shared memory"}, [](const Arrays& a, int f) { return start(async_kernel, a, f); },
+    {"cluster_first",
+     1,
+     {"before the first cluster barrier"},
+     [](const Arrays& a, int f) { return start(cluster_first_kernel, a, f, 4, 2); },
+     [](int i) { return i < 256 ? 3.0f : NAN; }},
+    {"cluster_split_barrier",
+     1,
+     {"race: read of shared"},
+     [](const Arrays& a, int f) { return start(split_barrier_kernel, a, f, 4, 2); },
+     [](int i) { return i < 256 ? 2.0f : NAN; }},
+    {"async_copy",
+     2,
+     {"the wait is missing", "shared memory"},
+     [](const Arrays& a, int f) { return start(async_kernel, a, f); },
      [](int i) { return i < 64 ? 257.0f + (i + 4) % 64 : NAN; }},
-    {"async_exit", 1, {"async_wait is missing"}, [](const Arrays& a, int f) { return start(async_exit_kernel, a, f); },
+    {"async_exit",
+     1,
+     {"async_wait is missing"},
+     [](const Arrays& a, int f) { return start(async_exit_kernel, a, f); },
      [](int i) { return i < 64 ? 1.0f : NAN; }},
-    {"bulk_copy", 4, {"copy barrier", "deadlock", "shared memory", "block 0 thread"},
+    {"bulk_copy",
+     4,
+     {"copy barrier", "deadlock", "shared memory", "block 0 thread"},
      [](const Arrays& a, int f) { return start(bulk_kernel, a, f); },
      [](int i) { return i < 64 ? 3 * (4 * i + 1) + 768.0f : NAN; }},
-    {"shuffle_exit", 1, {"lane"}, [](const Arrays& a, int f) { return start(shuffle_exit_kernel, a, f); },
+    {"shuffle_exit",
+     1,
+     {"lane"},
+     [](const Arrays& a, int f) { return start(shuffle_exit_kernel, a, f); },
      [](int i) { return i < 64 ? 1.0f : NAN; }},
-    {"warp_divergence", 1, {"warp divergence"}, [](const Arrays& a, int f) { return start(warp_divergence_kernel, a, f); },
+    {"warp_divergence",
+     1,
+     {"warp divergence"},
+     [](const Arrays& a, int f) { return start(warp_divergence_kernel, a, f); },
      [](int i) { return i < 64 ? (i ^ 2) + 1.0f : NAN; }},
-    {"barrier_divergence", 1, {"barrier divergence"},
-     [](const Arrays& a, int f) { return start(barrier_divergence_kernel, a, f); }, [](int i) { return i < 64 ? 1.0f : NAN; }},
-    {"barrier_exit", 1, {"barrier divergence"}, [](const Arrays& a, int f) { return start(barrier_exit_kernel, a, f); },
+    {"barrier_divergence",
+     1,
+     {"barrier divergence"},
+     [](const Arrays& a, int f) { return start(barrier_divergence_kernel, a, f); },
      [](int i) { return i < 64 ? 1.0f : NAN; }},
-    {"ticket", 2, {"race: read of global", "shared memory"}, [](const Arrays& a, int f) { return start(ticket_kernel, a, f, 6); },
+    {"barrier_exit",
+     1,
+     {"barrier divergence"},
+     [](const Arrays& a, int f) { return start(barrier_exit_kernel, a, f); },
+     [](int i) { return i < 64 ? 1.0f : NAN; }},
+    {"ticket",
+     2,
+     {"race: read of global", "shared memory"},
+     [](const Arrays& a, int f) { return start(ticket_kernel, a, f, 6); },
      [](int i) { return i < 64 ? 6 * (i + 1) + 64 * 15.0f : NAN; }},
-    {"chain", 2, {"deadlock", "global"}, [](const Arrays& a, int f) { return start(chain_kernel, a, f, 6); },
+    {"chain",
+     2,
+     {"deadlock", "global"},
+     [](const Arrays& a, int f) { return start(chain_kernel, a, f, 6); },
      [](int i) { return i < 384 ? i / 64 + 1.0f : NAN; }},
-    {"cooperative", 1, {"deadlock"}, [](const Arrays& a, int f) { return start(meet_kernel, a, f, 6, 1, f == 0); },
+    {"cooperative",
+     1,
+     {"deadlock"},
+     [](const Arrays& a, int f) { return start(meet_kernel, a, f, 6, 1, f == 0); },
      [](int i) { return i < 384 || (i >= 512 && i < 896) ? 1.0f : NAN; }},
-    {"livelock", 1, {"livelock"}, [](const Arrays& a, int f) { return start(poll_kernel, a, f, 1); },
+    {"livelock",
+     1,
+     {"livelock"},
+     [](const Arrays& a, int f) { return start(poll_kernel, a, f, 1); },
      [](int i) { return i < 64 ? 1.0f : NAN; }},
-    {"values", 0, {}, [](const Arrays& a, int f) { return start(values_kernel, a, f); },
+    {"values",
+     0,
+     {},
+     [](const Arrays& a, int f) { return start(values_kernel, a, f); },
      [](int i) {
        const int t = i % 64, lane = t % 32;
        if (i < 64) return first_sum(64);
@@ -430,9 +517,9 @@ const char* case_run(int i, int fault, uint64_t seed) {
   simt::settings().seed = seed;
   std::vector<float> input(kElements);
   for (int k = 0; k < kElements; ++k) input[k] = k + 1.0f;
-  Arrays arrays{
-      static_cast<float*>(simt::allocate(kElements * 4, "input")), static_cast<float*>(simt::allocate(kElements * 4, "output")),
-      static_cast<uint32_t*>(simt::allocate(8, "counter"))};
+  Arrays arrays{static_cast<float*>(simt::allocate(kElements * 4, "input")),
+                static_cast<float*>(simt::allocate(kElements * 4, "output")),
+                static_cast<uint32_t*>(simt::allocate(8, "counter"))};
   simt::upload(arrays.input, input.data(), kElements * 4);
   Status status = fill_bytes(arrays.counter, 0, 8, nullptr);
   if (status.ok()) status = c.launch(arrays, fault);

@@ -1,4 +1,5 @@
-// The operator's launchers for ctypes (squeeze_excite.py): a plan is forced or its own, the workspace is fresh device memory.
+// The operator's launchers for ctypes (squeeze_excite.py): a plan is forced or its own, the workspace is fresh device
+// memory.
 #include <algorithm>
 
 #include "simt/emulator.h"
