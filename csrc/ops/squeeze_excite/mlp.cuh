@@ -123,15 +123,22 @@ ATTNKERN_DEVICE Vec<float, sums> channel_sums(const Inputs& p, const Plan& plan,
     to = (channel * p.sizes.length + p.sizes.length - 1) / plan.chunk;
     local = 0;
   }
+  // Runs of 32 first: one chain over a thousand pieces would round as often.
   Vec<float, sums> total{};
-  for (int64_t piece = from; piece <= to; ++piece) {
-    if (p.layout == Layout::channels_first) local = channel - piece * plan.chunk / p.sizes.length;
+  for (int64_t run = from; run <= to; run += 32) {
+    Vec<float, sums> part{};
+    for (int64_t piece = run; piece <= to && piece < run + 32; ++piece) {
+      if (p.layout == Layout::channels_first) local = channel - piece * plan.chunk / p.sizes.length;
 #pragma unroll
-    for (int k = 0; k < sums; ++k) {
-      const int64_t slot = k * plan.channels_here + local;
-      total[k] += share.whole ? load_global(w.partial + (share.sample * plan.pieces + piece) * sums * plan.channels_here + slot)
-                              : remote(s.sums, static_cast<int>(piece)).load(static_cast<int>(slot));
+      for (int k = 0; k < sums; ++k) {
+        const int64_t slot = k * plan.channels_here + local;
+        part[k] += share.whole
+                       ? load_global(w.partial + (share.sample * plan.pieces + piece) * sums * plan.channels_here + slot)
+                       : remote(s.sums, static_cast<int>(piece)).load(static_cast<int>(slot));
+      }
     }
+#pragma unroll
+    for (int k = 0; k < sums; ++k) total[k] += part[k];
   }
   return total;
 }
@@ -293,7 +300,7 @@ ATTNKERN_DEVICE_CALL void run_mlp(const BackwardParams& p, const Plan& plan, con
     for (int r = thread_index(); r < rows; r += block_size()) {
       const float da = cluster_total(s, r), h = load_global(floats(p.hidden, share.sample * n.hidden + r));
       if (own.rank == 0) store_global(w.da + share.sample * n.hidden + r, da);
-      s.hidden.store(r, da * activation_grad(p.options.act, h, hidden_slope<W>(p, r)));
+      s.hidden.store(r, activation_backward(p.options.act, da, h, hidden_slope<W>(p, r)));
     }
   } else {
     rows = static_cast<int>(n.width);

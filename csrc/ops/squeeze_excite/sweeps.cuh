@@ -205,7 +205,7 @@ ATTNKERN_DEVICE void rescale_piece(const Stage& stage, const Piece& piece, const
   const bool by_access = V == 8 && piece.columns % 8 == 0;
   const auto flags = cuda::Shared<uint8_t>::at(stage.s.scratch_offset, masks && !by_access ? 4 * plan.scratch * plan.threads : 0);
 
-  constexpr int unroll = V > 1 ? 2 : 1;
+  constexpr int unroll = V > 1 && !Stage::kBackward ? 2 : 1;  // backward at 2 spills on sm_100
   const int threads = block_size(), accesses = piece.count / V;
   for (int begin = thread_index(); begin < accesses; begin += threads * unroll) {
     typename Stage::template Loaded<V> in[unroll];
