@@ -20,8 +20,8 @@ constexpr int64_t kLeastPieceBytes = 16 << 10;
 constexpr int64_t kMostPieces = 1024;      // of a sample, so that partial sums stay small beside the map;
 constexpr int64_t kMostElements = 1 << 30;  // but more where a piece would outgrow its 32-bit offsets
 constexpr int64_t kMostChannels = 2048;    // that a work item touches: their sums and coefficients are in shared memory
-constexpr double kHeavyWeights = 1.0;      // batched where MLP bytes exceed the map's two trips; L2 feeds both
-constexpr int64_t kLeastBatch = 16;        // below it a matrix product has nothing to share
+constexpr double kL2Rate = 5.5e6;     // bytes a microsecond that all SMs draw from L2: weights once a sample
+constexpr double kBatchedCost = 10;   // microseconds of three more launches and two small products
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -175,7 +175,8 @@ Plan make_plan(const Problem& p, const Device& device, const Force& force) {
   const auto wants = [&](Strategy s) { return force.strategy == static_cast<int>(s); };
   const bool free = force.strategy < 0;
 
-  const bool heavy = p.batch >= kLeastBatch && weights > kHeavyWeights * 2 * sample;
+  // The weights of every sample through L2, against one more trip of the map.
+  const bool heavy = p.batch * weights / kL2Rate > kBatchedCost + double(p.batch) * sample / kDeviceRate;
   if (wants(Strategy::batched) || (free && (!p.squeezes || heavy)))
     return streamed(p, device, Strategy::batched, force);
 
