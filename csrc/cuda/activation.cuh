@@ -72,6 +72,13 @@ ATTNKERN_HOST_DEVICE float activation_grad(Act act, float x, float slope = 0.0f)
   }
 }
 
+// grad act'(x), where a derivative of 0 also stops a grad that is not finite, as torch's does.
+ATTNKERN_HOST_DEVICE float activation_backward(Act act, float grad, float x, float slope = 0.0f) {
+  const bool stops = act == Act::relu || act == Act::relu6 || act == Act::hardswish;
+  const float derivative = activation_grad(act, x, slope);
+  return stops && derivative == 0.0f ? 0.0f : grad * derivative;
+}
+
 // `slope`, `offset`: of hard_sigmoid.
 ATTNKERN_HOST_DEVICE float gate_value(Gate gate, float z, float slope, float offset) {
   switch (gate) {
@@ -107,6 +114,12 @@ ATTNKERN_HOST_DEVICE float gate_grad(Gate gate, float z, float slope, float offs
     default:
       return 1.0f;
   }
+}
+
+ATTNKERN_HOST_DEVICE float gate_backward(Gate gate, float grad, float z, float slope, float offset) {
+  const bool stops = gate == Gate::relu || gate == Gate::hard_sigmoid;
+  const float derivative = gate_grad(gate, z, slope, offset);
+  return stops && derivative == 0.0f ? 0.0f : grad * derivative;
 }
 
 }  // namespace attnkern::cuda

@@ -259,11 +259,12 @@ ATTNKERN_DEVICE_CALL void finish_sums(const BackwardParams& p, const Plan& plan,
     const auto [vx, v] = channel_sums<2>(p, plan, w, s, share, channel).values;
     const float z = load_global(floats(p.logits, row + channel));
     const Scaling st = scaling(o, z, shifts ? load_global(floats(p.logits, row + n.channels + channel)) : 0.0f);
-    const float slope = gate_grad(o.gate, z, static_cast<float>(o.gate_slope), static_cast<float>(o.gate_offset));
+    const float ds = gate_backward(o.gate, scale * (o.apply == Apply::shift ? v : vx), z,
+                                   static_cast<float>(o.gate_slope), static_cast<float>(o.gate_offset));
     drop += st.s * vx + st.t * v;
     for (int part = 0; part <= shifts; ++part) {
       const int64_t at = row + part * n.channels + channel;
-      float dz = part ? scale * v : slope * scale * (o.apply == Apply::shift ? v : vx);
+      float dz = part ? scale * v : ds;
       if (p.dlogits) dz += load_global(floats(p.dlogits, at));
       store_global(w.dz + at, dz);
       if (!p.w1 && p.dsrc) store_global(floats(p.dsrc, at), dz);

@@ -56,7 +56,7 @@ struct ProductReader {
     if (o.transform == Operand::weights) return weight<W>(o.data, at);
     const float v = load_global(floats(o.data, at));
     if (o.transform == Operand::activated) return activation(p.act, v, slope(unit));
-    if (o.transform == Operand::chained) return v * activation_grad(p.act, load_global(o.hidden + at), slope(unit));
+    if (o.transform == Operand::chained) return activation_backward(p.act, v, load_global(o.hidden + at), slope(unit));
     return v;
   }
 };
