@@ -6,6 +6,7 @@
 namespace attnkern::cpu::ATTNKERN_ISA {
 
 #define ATTNKERN_INLINE inline __attribute__((always_inline))
+#define ATTNKERN_INLINE_LAMBDA __attribute__((always_inline))  // after a lambda's parameters
 
 template <class A>
 using Vec __attribute__((vector_size(ATTNKERN_BYTES))) = A;

@@ -202,7 +202,7 @@ ATTNKERN_INLINE void sum_row(int64_t length, const Row& row, A (&out)[n]) {
 // out[k][j] = sum over rows of term k of column j, 4 rows at a time; make(row) has a row's terms
 template <int n, class A, class Make>
 ATTNKERN_INLINE void sum_columns(Range rows, int64_t columns, A* const (&out)[n], const Make& make) {
-  const auto add = [&](int64_t i, auto access, const Terms<A, n>& terms, bool first) {
+  const auto add = [&](int64_t i, auto access, const Terms<A, n>& terms, bool first) ATTNKERN_INLINE_LAMBDA {
     for (int k = 0; k < n; ++k)
       access.write(out[k] + i, first ? terms.v[k] : access.read(out[k] + i) + terms.v[k], false);
   };
@@ -214,13 +214,14 @@ ATTNKERN_INLINE void sum_columns(Range rows, int64_t columns, A* const (&out)[n]
   int64_t row = rows.begin;
   for (; row + 4 <= rows.end; row += 4) {
     const auto a = make(row), b = make(row + 1), c = make(row + 2), d = make(row + 3);
-    each_vector([&](int64_t i, auto access) {
+    each_vector([&](int64_t i, auto access) ATTNKERN_INLINE_LAMBDA {
       add(i, access, (a.at(i, access) + b.at(i, access)) + (c.at(i, access) + d.at(i, access)), row == rows.begin);
     });
   }
   for (; row < rows.end; ++row) {
     const auto a = make(row);
-    each_vector([&](int64_t i, auto access) { add(i, access, a.at(i, access), row == rows.begin); });
+    each_vector([&](int64_t i, auto access)
+                    ATTNKERN_INLINE_LAMBDA { add(i, access, a.at(i, access), row == rows.begin); });
   }
 }
 
@@ -292,7 +293,7 @@ void rescale_rows(const ForwardParams& p, const Coefficients& coefficients, int6
     T* y = row_of<T>(p.y, b, row);
     uint8_t* bits = p.mask ? p.mask + (b * rows + row) * ((n + 7) / 8) : nullptr;
     const Coefficient<A, last> s(coefficients.s, b, row, p.sizes.channels), t(coefficients.t, b, row, p.sizes.channels);
-    each_vector(y, n, streaming, bits, [&](int64_t i, auto access, bool streaming) {
+    each_vector(y, n, streaming, bits, [&](int64_t i, auto access, bool streaming) ATTNKERN_INLINE_LAMBDA {
       Vec<A> u = access.read(x + i) * s.at(i, access) + t.at(i, access);
       if (residual) u += access.read(residual + i);
       if (bits) write_bits<A>(bits, i, n, to_bits<A>(activation_grad<A>(act, u, Vec<A>{}) != 0));
@@ -322,11 +323,12 @@ void grad_x_rows(const BackwardParams& p, const Coefficients& u, const Coefficie
       T* dx = row_of<T>(p.dx, b, row);
       T* dresidual = row_of<T>(p.dresidual, b, row);
       const Coefficient<A, last> s(c.s, b, row, p.sizes.channels), t(c.t, b, row, p.sizes.channels);
-      each_vector(dx ? dx : dresidual, n, streaming, p.mask, [&](int64_t i, auto access, bool streaming) {
-        const Vec<A> vi = v.at(i, access);
-        if (dresidual) access.write(dresidual + i, vi, false);
-        if (dx) access.write(dx + i, vi * s.at(i, access) + t.at(i, access), streaming);
-      });
+      each_vector(dx ? dx : dresidual, n, streaming, p.mask,
+                  [&](int64_t i, auto access, bool streaming) ATTNKERN_INLINE_LAMBDA {
+                    const Vec<A> vi = v.at(i, access);
+                    if (dresidual) access.write(dresidual + i, vi, false);
+                    if (dx) access.write(dx + i, vi * s.at(i, access) + t.at(i, access), streaming);
+                  });
     }
   });
   if (streaming) fence();
