@@ -30,11 +30,19 @@ Products gradient_products(const BackwardParams& p, const Workspace& w) {
   Products products;
   if (p.w1 == nullptr) return products;
   if (p.w2)
-    products.add({.a = {w.dz, n.width, 1}, .b = {p.w2, n.hidden, 1, Operand::weights}, .m = n.batch, .n = n.hidden,
-                  .k = n.width, .out = w.da});
+    products.add({.a = {w.dz, n.width, 1},
+                  .b = {p.w2, n.hidden, 1, Operand::weights},
+                  .m = n.batch,
+                  .n = n.hidden,
+                  .k = n.width,
+                  .out = w.da});
   const int64_t first = p.w2 ? n.hidden : n.width;
-  products.add(with_act({.a = first_layer_gradient(p, w), .b = {p.w1, n.channels, 1, Operand::weights}, .m = n.batch,
-                         .n = n.channels, .k = first, .out = p.dsrc ? p.dsrc : w.dm},
+  products.add(with_act({.a = first_layer_gradient(p, w),
+                         .b = {p.w1, n.channels, 1, Operand::weights},
+                         .m = n.batch,
+                         .n = n.channels,
+                         .k = first,
+                         .out = p.dsrc ? p.dsrc : w.dm},
                         p));
   return products;
 }
@@ -47,13 +55,22 @@ Products weight_products(const BackwardParams& p, const Workspace& w) {
   if (p.dw2)
     products.add(with_act({.a = {w.dz, 1, n.width},
                            .b = {p.hidden, n.hidden, 1, Operand::activated},
-                           .m = n.width, .n = n.hidden, .k = n.batch, .out = p.dw2, .out_weights = true, .ones = p.db2},
+                           .m = n.width,
+                           .n = n.hidden,
+                           .k = n.batch,
+                           .out = p.dw2,
+                           .out_weights = true,
+                           .ones = p.db2},
                           p));
   if (p.dw1)
     products.add(with_act({.a = transposed(first_layer_gradient(p, w)),
                            .b = {m, n.channels, 1},
-                           .m = p.w2 ? n.hidden : n.width, .n = n.channels, .k = n.batch, .out = p.dw1,
-                           .out_weights = true, .ones = p.db1},
+                           .m = p.w2 ? n.hidden : n.width,
+                           .n = n.channels,
+                           .k = n.batch,
+                           .out = p.dw1,
+                           .out_weights = true,
+                           .ones = p.db1},
                           p));
   return products;
 }

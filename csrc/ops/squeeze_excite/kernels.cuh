@@ -18,9 +18,9 @@ ATTNKERN_DEVICE void run_mlp_of(const Params& p, const Plan& plan, const Workspa
 
 // Computes   forward y, backward dx and dresidual, with all that is of size [B, C] or [B, R] (params.h)
 // Layout     maps [B, rows, columns] of T: channels first [C, L], channels last [L, C]
-// Mapping    a cluster owns a sample, a block a run of its elements (first: in order, last: whole positions) in shared memory
-// Traffic    forward x once, y once (residual once); backward dy and x once, dx once: the floor. MLP weights come from L2
-// Numerics   float sums in a fixed order: accesses, tiles, ranks; no atomics
+// Mapping    a cluster owns a sample, a block a run of its elements (first: in order, last: whole positions) in shared
+// memory Traffic    forward x once, y once (residual once); backward dy and x once, dx once: the floor. MLP weights
+// come from L2 Numerics   float sums in a fixed order: accesses, tiles, ranks; no atomics
 template <class T, bool last, template <class, bool> class StageOf>
 ATTNKERN_KERNEL(512, 1)
 squeeze_excite_resident_kernel(ATTNKERN_GRID_CONSTANT const typename StageOf<T, last>::Params p,
@@ -82,7 +82,8 @@ struct Item {
 
 // Computes   what the resident kernel does, for samples that no cluster holds; or its sums or its rescale alone
 // Layout     the same
-// Mapping    persistent blocks draw tickets for pieces of a sample; the last to sum a sample runs its MLP and marks it ready.
+// Mapping    persistent blocks draw tickets for pieces of a sample; the last to sum a sample runs its MLP and marks it
+// ready.
 //            A piece to rescale waits only for lower tickets, so blocks need not be resident together
 // Traffic    one trip more than the floor; from L2 where two chunks of samples fit
 // Numerics   pieces are summed in order by whoever finishes last: the same bits whatever the schedule
@@ -124,8 +125,7 @@ squeeze_excite_streamed_kernel(ATTNKERN_GRID_CONSTANT const typename StageOf<T, 
 
     if (item.sums) {
       if constexpr (Stage::kBackward) {
-        if (stage.recomputes())
-          write_scaling(p, plan, p.logits, item.sample, piece.first_channel, piece.channels);
+        if (stage.recomputes()) write_scaling(p, plan, p.logits, item.sample, piece.first_channel, piece.channels);
         block_sync();
       }
       if (plan.vector > 1)
@@ -157,8 +157,7 @@ squeeze_excite_streamed_kernel(ATTNKERN_GRID_CONSTANT const typename StageOf<T, 
         block_sync();
       }
       write_scaling(p, plan, p.logits, item.sample, piece.first_channel, piece.channels);
-      if constexpr (Stage::kBackward)
-        write_shift(p, plan, w.dm, item.sample, piece.first_channel, piece.channels);
+      if constexpr (Stage::kBackward) write_shift(p, plan, w.dm, item.sample, piece.first_channel, piece.channels);
       block_sync();
       if (plan.vector > 1)
         rescale_piece<wide, false>(stage, piece, plan);

@@ -61,8 +61,8 @@ Status launch_streamed(const typename StageOf<T, last>::Params& p, const Plan& p
                        void* stream) {
   if (phase != Phase::rescale)
     if (const Status status = clear_counters(p, w, stream); !status.ok()) return status;
-  return launch(squeeze_excite_streamed_kernel<T, last, StageOf>, {plan.grid, plan.threads, plan.shared_bytes}, stream, p,
-                plan, w, phase);
+  return launch(squeeze_excite_streamed_kernel<T, last, StageOf>, {plan.grid, plan.threads, plan.shared_bytes}, stream,
+                p, plan, w, phase);
 }
 
 template <class T, bool last, template <class, bool> class StageOf>
@@ -78,27 +78,41 @@ Status visit_map(DType dtype, Layout layout, const F& f) {
     return layout == Layout::channels_last ? f(kind, std::true_type{}) : f(kind, std::false_type{});
   };
   switch (dtype) {
-    case DType::float32: return with_type(float{});
-    case DType::bfloat16: return with_type(bfloat16{});
-    case DType::float16: return with_type(float16{});
-    default: return {"CUDA kernels serve float32, bfloat16 and float16"};
+    case DType::float32:
+      return with_type(float{});
+    case DType::bfloat16:
+      return with_type(bfloat16{});
+    case DType::float16:
+      return with_type(float16{});
+    default:
+      return {"CUDA kernels serve float32, bfloat16 and float16"};
   }
 }
 
 template <class F>
 Status visit_weight_type(DType dtype, const F& f) {
   switch (dtype) {
-    case DType::float32: return f(float{});
-    case DType::bfloat16: return f(bfloat16{});
-    case DType::float16: return f(float16{});
-    default: return {"CUDA kernels serve weights of float32, bfloat16 and float16"};
+    case DType::float32:
+      return f(float{});
+    case DType::bfloat16:
+      return f(bfloat16{});
+    case DType::float16:
+      return f(float16{});
+    default:
+      return {"CUDA kernels serve weights of float32, bfloat16 and float16"};
   }
 }
 
 // out = in W^T + bias, W [out, in].
 inline Product linear(Operand in, const void* weights, const void* bias, int64_t batch, int64_t inputs, int64_t outputs,
                       void* out) {
-  return {.a = in, .b = {weights, 1, inputs, Operand::weights}, .m = batch, .n = outputs, .k = inputs, .bias = bias, .out = out};
+  return {.a = in,
+          .b = {weights, 1, inputs, Operand::weights},
+          .m = batch,
+          .n = outputs,
+          .k = inputs,
+          .bias = bias,
+          .out = out};
 }
 
 inline Product with_act(Product product, const Inputs& p) {

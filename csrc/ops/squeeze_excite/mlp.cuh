@@ -1,6 +1,6 @@
 // Between the sweeps, in [C]-land: one block's share of one sample's MLP, forward and backward. A block owns a range of
-// channels: their columns of the first layer, their rows of the second. Blocks of a cluster add their parts in rank order.
-// Nothing here depends on the map's type: it is compiled once and called.
+// channels: their columns of the first layer, their rows of the second. Blocks of a cluster add their parts in rank
+// order. Nothing here depends on the map's type: it is compiled once and called.
 #pragma once
 
 #include "ops/squeeze_excite/sweeps.cuh"
@@ -37,8 +37,8 @@ struct Workspace {
 
 // done(r, sum_c weights[r * stride + c] v[c]) for r < rows, c < columns, called by one thread a row.
 template <class W, class Done>
-ATTNKERN_DEVICE void dot_rows(
-    const void* weights, int64_t stride, int rows, int columns, const Shared<float>& v, const Done& done) {
+ATTNKERN_DEVICE void dot_rows(const void* weights, int64_t stride, int rows, int columns, const Shared<float>& v,
+                              const Done& done) {
   const int width = power_of_two_above(columns, kWarpSize);
   const int groups = block_size() / width, group = thread_index() / width, lane = thread_index() % width;
   for (int base = 0; base < rows; base += groups) {
@@ -88,7 +88,8 @@ struct Ownership {
   ATTNKERN_DEVICE int64_t begin_of(int of_rank) const {
     if (whole) return 0;
     if (p.layout == Layout::channels_last) return Piece::min64(p.sizes.channels, int64_t{of_rank} * plan.channels_own);
-    const int64_t begin = (of_rank * plan.chunk + p.sizes.length - 1) / p.sizes.length;  // the first row that begins here
+    const int64_t begin =
+        (of_rank * plan.chunk + p.sizes.length - 1) / p.sizes.length;  // the first row that begins here
     return Piece::min64(p.sizes.channels, begin);
   }
   ATTNKERN_DEVICE int64_t begin() const { return begin_of(rank); }
@@ -97,8 +98,8 @@ struct Ownership {
   }
   ATTNKERN_DEVICE int owner(int64_t channel) const {
     if (whole) return 0;
-    return static_cast<int>(
-        p.layout == Layout::channels_last ? channel / plan.channels_own : channel * p.sizes.length / plan.chunk);
+    return static_cast<int>(p.layout == Layout::channels_last ? channel / plan.channels_own
+                                                              : channel * p.sizes.length / plan.chunk);
   }
   // A value that the channel's owner keeps: of its logit (part 0) or shift (part 1).
   ATTNKERN_DEVICE float gather(const Shared<float>& values, int64_t channel, int part) const {
@@ -132,9 +133,10 @@ ATTNKERN_DEVICE Vec<float, sums> channel_sums(const Inputs& p, const Plan& plan,
 #pragma unroll
       for (int k = 0; k < sums; ++k) {
         const int64_t slot = k * plan.channels_here + local;
-        part[k] += share.whole
-                       ? load_global(w.partial + (share.sample * plan.pieces + piece) * sums * plan.channels_here + slot)
-                       : remote(s.sums, static_cast<int>(piece)).load(static_cast<int>(slot));
+        part[k] +=
+            share.whole
+                ? load_global(w.partial + (share.sample * plan.pieces + piece) * sums * plan.channels_here + slot)
+                : remote(s.sums, static_cast<int>(piece)).load(static_cast<int>(slot));
       }
     }
 #pragma unroll
@@ -169,9 +171,10 @@ ATTNKERN_DEVICE float hidden_slope(const Inputs& p, int64_t r) {
                                      : static_cast<float>(p.options.act_slope);
 }
 
-// a and t of the channels [first, first + count), from the logits: in global memory, or with the cluster that made them.
-ATTNKERN_DEVICE_CALL void write_scaling(
-    const Inputs& p, const Plan& plan, const void* logits, int64_t sample, int64_t first, int count) {
+// a and t of the channels [first, first + count), from the logits: in global memory, or with the cluster that made
+// them.
+ATTNKERN_DEVICE_CALL void write_scaling(const Inputs& p, const Plan& plan, const void* logits, int64_t sample,
+                                        int64_t first, int count) {
   const Arrays s(p, plan);
   const Ownership own(p, plan, false);
   const float scale = branch_scale(p, sample);
@@ -190,7 +193,8 @@ ATTNKERN_DEVICE_CALL void write_scaling(
 // ------------------------------------------------------------------ forward
 
 // Sums of the owned channels -> m, in s.in and in the output.
-ATTNKERN_DEVICE_CALL void finish_sums(const ForwardParams& p, const Plan& plan, const Workspace& w, const Share& share) {
+ATTNKERN_DEVICE_CALL void finish_sums(const ForwardParams& p, const Plan& plan, const Workspace& w,
+                                      const Share& share) {
   const Arrays s(p, plan);
   const Ownership own(p, plan, share.whole);
   const int64_t begin = own.begin();
@@ -244,7 +248,8 @@ ATTNKERN_DEVICE void finish_sample(const ForwardParams&, const Plan&, const Shar
 // ------------------------------------------------------------------ backward
 
 // Sums of the owned channels -> dz, in s.in and in the workspace, and this block's part of the drop path's gradient.
-ATTNKERN_DEVICE_CALL void finish_sums(const BackwardParams& p, const Plan& plan, const Workspace& w, const Share& share) {
+ATTNKERN_DEVICE_CALL void finish_sums(const BackwardParams& p, const Plan& plan, const Workspace& w,
+                                      const Share& share) {
   const Arrays s(p, plan);
   const Ownership own(p, plan, share.whole);
   const Sizes& n = p.sizes;
@@ -278,7 +283,8 @@ ATTNKERN_DEVICE_CALL void finish_sums(const BackwardParams& p, const Plan& plan,
   block_sync();
 }
 
-// s.in = dz of the owned channels (and shifts) -> s.out = dm of the same; da, and dm of a streamed sample, in the workspace.
+// s.in = dz of the owned channels (and shifts) -> s.out = dm of the same; da, and dm of a streamed sample, in the
+// workspace.
 template <class W>
 ATTNKERN_DEVICE_CALL void run_mlp(const BackwardParams& p, const Plan& plan, const Workspace& w, const Share& share) {
   const Arrays s(p, plan);
@@ -312,12 +318,13 @@ ATTNKERN_DEVICE_CALL void run_mlp(const BackwardParams& p, const Plan& plan, con
     }
   }
   block_sync();
-  dot_columns<W>(static_cast<const W*>(p.w1) + begin, n.channels, rows, count, s.hidden, s.scratch, [&](int i, float dm) {
-    s.out.store(i, dm);
-    const int64_t at = share.sample * n.channels + begin + i;
-    if (p.dsrc) store_global(floats(p.dsrc, at), dm);
-    if (share.whole) store_global(w.dm + at, dm);
-  });
+  dot_columns<W>(static_cast<const W*>(p.w1) + begin, n.channels, rows, count, s.hidden, s.scratch,
+                 [&](int i, float dm) {
+                   s.out.store(i, dm);
+                   const int64_t at = share.sample * n.channels + begin + i;
+                   if (p.dsrc) store_global(floats(p.dsrc, at), dm);
+                   if (share.whole) store_global(w.dm + at, dm);
+                 });
 }
 
 // ddrop_path, after a barrier of the cluster.
@@ -329,9 +336,10 @@ ATTNKERN_DEVICE void finish_sample(const BackwardParams& p, const Plan& plan, co
   store_global(floats(p.ddrop_path, share.sample), static_cast<float>(p.options.gain) * total);
 }
 
-// k = dm / L of the channels [first, first + count): from global memory, or from the cluster; 0 where x is not squeezed.
-ATTNKERN_DEVICE_CALL void write_shift(
-    const BackwardParams& p, const Plan& plan, const float* dm, int64_t sample, int64_t first, int count) {
+// k = dm / L of the channels [first, first + count): from global memory, or from the cluster; 0 where x is not
+// squeezed.
+ATTNKERN_DEVICE_CALL void write_shift(const BackwardParams& p, const Plan& plan, const float* dm, int64_t sample,
+                                      int64_t first, int count) {
   const Arrays s(p, plan);
   const Ownership own(p, plan, false);
   for (int i = thread_index(); i < count; i += block_size()) {

@@ -11,7 +11,8 @@ namespace attnkern::squeeze_excite {
 
 using namespace attnkern::cuda;
 
-// Quotients of numbers below 2^32 by one divisor, without a division: umulhi of ceil(2^32 / d) is the quotient or one more.
+// Quotients of numbers below 2^32 by one divisor, without a division: umulhi of ceil(2^32 / d) is the quotient or one
+// more.
 struct Divider {
   int64_t divisor;
   uint32_t magic;
@@ -34,7 +35,8 @@ struct Position {
   int left;
 };
 
-// Elements [0, count) of a sample's [rows, columns] map, or of a block of its columns, from (first_row, first_column) on.
+// Elements [0, count) of a sample's [rows, columns] map, or of a block of its columns, from (first_row, first_column)
+// on.
 struct Piece {
   int64_t sample, first_row, first_column, columns, column_begin;
   int64_t first_channel;

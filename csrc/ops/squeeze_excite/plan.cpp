@@ -10,18 +10,18 @@ namespace attnkern::squeeze_excite {
 namespace {
 
 // Tuning, apart from the algorithm. Times in microseconds, as predicted for an H200 (4.3 TB/s copy, 132 SMs).
-constexpr double kDeviceRate = 4.3e6;   // bytes a microsecond, measured copy
-constexpr double kBusiestSm = 2.0;      // an SM alone draws at most so many times its share of kDeviceRate
-constexpr double kWeightRate = 1.0e5;   // bytes a microsecond that one block draws from L2
-constexpr double kBarrier = 2.0;        // between the last byte loaded and the first stored: MLP latency
-constexpr double kClusterBarrier = 0.3;  // more per doubling of the cluster
+constexpr double kDeviceRate = 4.3e6;      // bytes a microsecond, measured copy
+constexpr double kBusiestSm = 2.0;         // an SM alone draws at most so many times its share of kDeviceRate
+constexpr double kWeightRate = 1.0e5;      // bytes a microsecond that one block draws from L2
+constexpr double kBarrier = 2.0;           // between the last byte loaded and the first stored: MLP latency
+constexpr double kClusterBarrier = 0.3;    // more per doubling of the cluster
 constexpr int64_t kPieceBytes = 64 << 10;  // of a work item: 64 KB, 2 us of one SM's share
 constexpr int64_t kLeastPieceBytes = 16 << 10;
-constexpr int64_t kMostPieces = 1024;      // of a sample, so that partial sums stay small beside the map;
+constexpr int64_t kMostPieces = 1024;       // of a sample, so that partial sums stay small beside the map;
 constexpr int64_t kMostElements = 1 << 30;  // but more where a piece would outgrow its 32-bit offsets
-constexpr int64_t kMostChannels = 2048;    // that a work item touches: their sums and coefficients are in shared memory
-constexpr double kL2Rate = 5.5e6;     // bytes a microsecond that all SMs draw from L2: weights once a sample
-constexpr double kBatchedCost = 10;   // microseconds of three more launches and two small products
+constexpr int64_t kMostChannels = 2048;  // that a work item touches: their sums and coefficients are in shared memory
+constexpr double kL2Rate = 5.5e6;        // bytes a microsecond that all SMs draw from L2: weights once a sample
+constexpr double kBatchedCost = 10;      // microseconds of three more launches and two small products
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -31,7 +31,8 @@ int64_t array_bytes(int64_t floats) { return round_up(4 * floats, 16); }
 // Bytes of the arrays of piece.cuh, in its order.
 int64_t shared_bytes(const Problem& p, const Plan& plan) {
   const int64_t own = plan.channels_own * (p.width > p.channels ? 2 : 1);
-  return plan.held_bytes + array_bytes(plan.scratch * plan.threads) + array_bytes(int64_t{plan.sums} * plan.channels_here) * (p.channels_last ? 1 : 2) +
+  return plan.held_bytes + array_bytes(plan.scratch * plan.threads) +
+         array_bytes(int64_t{plan.sums} * plan.channels_here) * (p.channels_last ? 1 : 2) +
          (1 + plan.sums) * array_bytes(plan.channels_here) + 2 * array_bytes(own) + array_bytes(plan.exchange) +
          array_bytes(plan.hidden) + 2 * array_bytes(2);
 }
@@ -160,10 +161,12 @@ Plan streamed(const Problem& p, const Device& device, Strategy strategy, const F
   }
   if (strategy != Strategy::batched) mlp_arrays(p, plan, p.channels);
   plan.shared_bytes = static_cast<int>(std::min<int64_t>(shared_bytes(p, plan), INT32_MAX));
-  plan.grid = std::min<int64_t>(std::max<int64_t>(p.batch, 1) * plan.pieces, int64_t{device.sm_count} * plan.blocks_per_sm);
+  plan.grid =
+      std::min<int64_t>(std::max<int64_t>(p.batch, 1) * plan.pieces, int64_t{device.sm_count} * plan.blocks_per_sm);
   // A third of L2 for x (and dy) of the two chunks in flight: their outputs pass through it too.
   const int64_t sample = elements * p.dtype_bytes * plan.sums;
-  plan.chunk_samples = std::clamp<int64_t>(device.l2_bytes / 6 / std::max<int64_t>(sample, 1), 1, std::max<int64_t>(p.batch, 1));
+  plan.chunk_samples =
+      std::clamp<int64_t>(device.l2_bytes / 6 / std::max<int64_t>(sample, 1), 1, std::max<int64_t>(p.batch, 1));
   return plan;
 }
 

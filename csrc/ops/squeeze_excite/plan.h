@@ -23,10 +23,10 @@ struct Problem {
   bool channels_last;
   int64_t batch, channels, length, hidden, width;
   int dtype_bytes, weight_bytes;
-  int layers;      // of the MLP: 0, 1 or 2
-  bool squeezes;   // the MLP waits for sums over the map: always backward, forward unless src is given
-  bool maskable;   // the forward writes a bit mask
-  bool aligned;    // every map allows 16-byte accesses
+  int layers;     // of the MLP: 0, 1 or 2
+  bool squeezes;  // the MLP waits for sums over the map: always backward, forward unless src is given
+  bool maskable;  // the forward writes a bit mask
+  bool aligned;   // every map allows 16-byte accesses
 
   int64_t rows() const { return channels_last ? length : channels; }
   int64_t columns() const { return channels_last ? channels : length; }
@@ -36,8 +36,8 @@ struct Device : cuda::DeviceProperties {
   int clusters[5] = {132, 66, 32, 15, 8};  // of 1, 2, 4, 8, 16 blocks, one block an SM, resident at once
 };
 
-// Accesses of every map that a thread keeps in flight in the sweep of sums. Forward 48 bytes a thread, 24 KB an SM: 3.2 MB
-// on 132, of 3 needed; backward two maps of 32. More spills: a thread has 128 registers.
+// Accesses of every map that a thread keeps in flight in the sweep of sums. Forward 48 bytes a thread, 24 KB an SM: 3.2
+// MB on 132, of 3 needed; backward two maps of 32. More spills: a thread has 128 registers.
 constexpr int kForwardUnroll = 3;
 constexpr int kBackwardUnroll = 2;
 
@@ -68,7 +68,7 @@ struct Force {
   int strategy = -1;
   int cluster = 0;
   int threads = 0;
-  int64_t chunk = 0;      // elements of a piece, streaming and batched
+  int64_t chunk = 0;  // elements of a piece, streaming and batched
 };
 
 Problem problem_of(const ForwardParams& params);

@@ -92,13 +92,12 @@ squeeze_excite_product_kernel(ATTNKERN_GRID_CONSTANT const Product p) {
       const int flat = l * kProductThreads + thread_index();
       int i, j;
       place(flat, p.a.stride_j == 1, i, j);
-      next_a[l] = m0 + i < p.m && k0 + j < p.k
-                      ? reader.read(p.a, m0 + i, k0 + j, p.out_weights ? m0 + i : k0 + j)
-                      : 0.0f;
+      next_a[l] =
+          m0 + i < p.m && k0 + j < p.k ? reader.read(p.a, m0 + i, k0 + j, p.out_weights ? m0 + i : k0 + j) : 0.0f;
       place(flat, p.b.stride_j == 1, i, j);
       next_b[l] = k0 + i >= p.k || n0 + j >= p.columns() ? 0.0f
-                  : n0 + j == p.n                       ? 1.0f
-                                                        : reader.read(p.b, k0 + i, n0 + j, n0 + j);
+                  : n0 + j == p.n                        ? 1.0f
+                                                         : reader.read(p.b, k0 + i, n0 + j, n0 + j);
     }
   };
   const auto put = [&] {

@@ -23,10 +23,14 @@ struct Scaling {
 ATTNKERN_DEVICE Scaling scaling(const Options& o, float z, float shift) {
   const float g = gate_value(o.gate, z, static_cast<float>(o.gate_slope), static_cast<float>(o.gate_offset));
   switch (o.apply) {
-    case Apply::scale: return {g, 0.0f};
-    case Apply::scale1p: return {1.0f + g, 0.0f};
-    case Apply::scale_shift: return {g, shift};
-    default: return {1.0f, g};
+    case Apply::scale:
+      return {g, 0.0f};
+    case Apply::scale1p:
+      return {1.0f + g, 0.0f};
+    case Apply::scale_shift:
+      return {g, shift};
+    default:
+      return {1.0f, g};
   }
 }
 
@@ -52,12 +56,18 @@ ATTNKERN_DEVICE void each_element(Act act, Vec<float, V>& u, const F& f) {
     for (int j = 0; j < V; ++j) u[j] = f(chosen, u[j]);
   };
   switch (act) {
-    case Act::relu: return all(Act::relu);
-    case Act::relu6: return all(Act::relu6);
-    case Act::silu: return all(Act::silu);
-    case Act::hardswish: return all(Act::hardswish);
-    case Act::gelu: return all(Act::gelu);
-    default: return all(Act::identity);
+    case Act::relu:
+      return all(Act::relu);
+    case Act::relu6:
+      return all(Act::relu6);
+    case Act::silu:
+      return all(Act::silu);
+    case Act::hardswish:
+      return all(Act::hardswish);
+    case Act::gelu:
+      return all(Act::gelu);
+    default:
+      return all(Act::identity);
   }
 }
 
@@ -78,7 +88,13 @@ struct Forward {
   PieceMask mask;
 
   ATTNKERN_DEVICE Forward(const Params& p, const Plan& plan, const Piece& piece, const Arrays& s)
-      : p(p), s(s), data(cuda::Shared<T>::at(0, plan.held_bytes / static_cast<int>(sizeof(T)))), x(p.x, piece), residual(p.residual, piece), y(p.y, piece), mask(p.mask, p, piece) {}
+      : p(p),
+        s(s),
+        data(cuda::Shared<T>::at(0, plan.held_bytes / static_cast<int>(sizeof(T)))),
+        x(p.x, piece),
+        residual(p.residual, piece),
+        y(p.y, piece),
+        mask(p.mask, p, piece) {}
 
   template <int V>
   struct Loaded {
@@ -140,8 +156,15 @@ struct Backward {
   PieceMask mask;
 
   ATTNKERN_DEVICE Backward(const Params& p, const Plan& plan, const Piece& piece, const Arrays& s)
-      : p(p), s(s), data(cuda::Shared<T>::at(0, plan.held_bytes / static_cast<int>(sizeof(T)))), x(p.x, piece), dy(p.dy, piece), residual(p.residual, piece), dx(p.dx, piece),
-        dresidual(p.dresidual, piece), mask(p.mask, p, piece) {}
+      : p(p),
+        s(s),
+        data(cuda::Shared<T>::at(0, plan.held_bytes / static_cast<int>(sizeof(T)))),
+        x(p.x, piece),
+        dy(p.dy, piece),
+        residual(p.residual, piece),
+        dx(p.dx, piece),
+        dresidual(p.dresidual, piece),
+        mask(p.mask, p, piece) {}
 
   template <int V>
   struct Loaded {

@@ -18,8 +18,8 @@ ATTNKERN_DEVICE int power_of_two_above(int64_t n, int most) {
 }
 
 // Channels first. Sums of every row of the piece, s.sums [kSums, channels_here]; with `keep` the values stay in s.data.
-// A thread sums each of its accesses into one word of scratch; an access that runs into the next row leaves that part in the
-// row's head. Then a group of lanes adds up a row's words. Tile by tile, so the order is fixed.
+// A thread sums each of its accesses into one word of scratch; an access that runs into the next row leaves that part
+// in the row's head. Then a group of lanes adds up a row's words. Tile by tile, so the order is fixed.
 template <int V, bool keep, Cache hint, class Stage>
 ATTNKERN_DEVICE void sum_rows(const Stage& stage, const Piece& piece, const Plan& plan) {
   using T = typename Stage::Element;
@@ -144,8 +144,9 @@ ATTNKERN_DEVICE void sum_piece(const Stage& stage, const Piece& piece, const Pla
 
 // The value of one access in the rescale sweep: what the sum sweep kept, or the same again from global memory.
 template <int V, bool resident, class Stage>
-ATTNKERN_DEVICE Vec<typename Stage::Element, V> value_again(
-    const Stage& stage, const typename Stage::template Loaded<V>& in, int element, const Position& at) {
+ATTNKERN_DEVICE Vec<typename Stage::Element, V> value_again(const Stage& stage,
+                                                            const typename Stage::template Loaded<V>& in, int element,
+                                                            const Position& at) {
   if constexpr (resident) {
     return stage.data.template load_vec<V>(element);
   } else {
@@ -203,7 +204,8 @@ ATTNKERN_DEVICE void rescale_piece(const Stage& stage, const Piece& piece, const
   const bool masks = !Stage::kBackward && stage.mask.data;
   if (V == 1 && masks) return rescale_bytes<resident>(stage, piece);
   const bool by_access = V == 8 && piece.columns % 8 == 0;
-  const auto flags = cuda::Shared<uint8_t>::at(stage.s.scratch_offset, masks && !by_access ? 4 * plan.scratch * plan.threads : 0);
+  const auto flags =
+      cuda::Shared<uint8_t>::at(stage.s.scratch_offset, masks && !by_access ? 4 * plan.scratch * plan.threads : 0);
 
   constexpr int unroll = V > 1 && !Stage::kBackward ? 2 : 1;  // backward at 2 spills on sm_100
   const int threads = block_size(), accesses = piece.count / V;
