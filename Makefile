@@ -12,7 +12,7 @@ setup:   ## create .venv, install and build (quick when done)
 bench: setup ## measure kernels and whole models (BENCH="--full" for all)
 	$(PY) -m bench $(BENCH)
 test: setup ## the whole test suite (PYTEST="-k layouts" for a part)
-	$(PY) -m pytest -n 2 --dist loadscope tests $(PYTEST)
+	OMP_NUM_THREADS=1 $(PY) -m pytest -q -n 2 --dist worksteal tests $(PYTEST)
 check: setup ## ruff, clang-format, mypy, architecture rules
 	tools/check.sh
 aot: setup ## registers, shared memory and spills of every GPU kernel and target

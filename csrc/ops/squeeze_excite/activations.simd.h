@@ -73,6 +73,14 @@ ATTNKERN_INLINE Vec<A> activation_grad(Act act, Vec<A> h, Vec<A> slope) {
   return one;
 }
 
+// grad act'(h). Where the derivative of relu and its kin is 0 it selects, as torch's does: NaN and infinity stop there.
+template <class A>
+ATTNKERN_INLINE Vec<A> activation_backward(Act act, Vec<A> h, Vec<A> slope, Vec<A> grad) {
+  const Vec<A> derivative = activation_grad<A>(act, h, slope);
+  const bool selects = act == Act::relu || act == Act::relu6 || act == Act::hardswish;
+  return selects ? (derivative == 0 ? Vec<A>{} : grad * derivative) : grad * derivative;
+}
+
 template <class A>
 ATTNKERN_INLINE Vec<A> gate(const Options& o, Vec<A> z) {
   const Vec<A> zero{}, one = zero + 1;
@@ -115,6 +123,14 @@ ATTNKERN_INLINE Vec<A> gate_grad(const Options& o, Vec<A> z) {
     }
   }
   return one;
+}
+
+// grad gate'(z), selecting as activation_backward does.
+template <class A>
+ATTNKERN_INLINE Vec<A> gate_backward(const Options& o, Vec<A> z, Vec<A> grad) {
+  const Vec<A> derivative = gate_grad<A>(o, z);
+  const bool selects = o.gate == Gate::relu || o.gate == Gate::hard_sigmoid;
+  return selects ? (derivative == 0 ? Vec<A>{} : grad * derivative) : grad * derivative;
 }
 
 }  // namespace attnkern::squeeze_excite::ATTNKERN_ISA

@@ -114,7 +114,7 @@ struct SmoothGrad {
   ATTNKERN_INLINE Vec<A> at(int64_t i, const Access& access) const {
     Vec<A> u = access.read(x + i) * s.at(i, access) + t.at(i, access);
     if (residual) u += access.read(residual + i);
-    return access.read(dy + i) * activation_grad<A>(act, u, Vec<A>{});
+    return activation_backward<A>(act, u, Vec<A>{}, access.read(dy + i));
   }
 };
 

@@ -282,8 +282,8 @@ void grad_logits(const BackwardParams& p, Range samples, const void* sum_vx, con
       A* out = static_cast<A*>(dz) + b * width;
       const A scale = sample_scale<A>(p, b);
       elementwise<A>({0, channels}, [&](int64_t c, auto access) {
-        Vec<A> d =
-            gate_grad<A>(p.options, access.read(z + c)) * access.read((apply == Apply::shift ? v : vx) + c) * scale;
+        const Vec<A> grad = access.read((apply == Apply::shift ? v : vx) + c) * scale;
+        Vec<A> d = gate_backward<A>(p.options, access.read(z + c), grad);
         if (extra) d += access.read(extra + c);
         access.write(out + c, d, false);
         if (apply == Apply::scale_shift) {
@@ -315,9 +315,9 @@ void grad_hidden(const BackwardParams& p, Range samples, Range columns, const vo
         const int64_t at = b * r + i;
         const Vec<A> slope = act_slopes<A, W>(p, i, lanes_of(access, kLanes<A>));
         const Vec<A> h = access.read(static_cast<const A*>(p.hidden) + at), d = access.read(das + at);
-        access.write(static_cast<A*>(dh) + at, d * activation_grad<A>(p.options.act, h, slope), false);
+        access.write(static_cast<A*>(dh) + at, activation_backward<A>(p.options.act, h, slope, d), false);
         access.write(static_cast<A*>(a) + at, activation<A>(p.options.act, h, slope), false);
-        if (p.act_weight) access.write(das + at, d * (h > 0 ? Vec<A>{} : h), false);
+        if (p.act_weight) access.write(das + at, h > 0 ? Vec<A>{} : d * h, false);
       });
   });
 }
