@@ -37,10 +37,24 @@ def _assert_pattern(got, eager, context):
         assert torch.equal(g[infinite].float(), e[infinite].float()), (context, f"output {index}")
 
 
+def _comparable(call, name, value):
+    """False for the two infinities at which there is no one answer to equal.
+
+    torch's CPU gelu(inf) is NaN in its vector loop and inf in its scalar tail.  An infinite drop
+    path factor d makes d (s x + t) infinite, but d s x + d t, which kernels compute, inf - inf.
+    """
+    options = call.case.options
+    gelu = "gelu" in (options.get("act"), options.get("out_act"))
+    shifts = options.get("apply") in ("shift", "scale_shift")
+    return value != value or not (gelu or (name == "drop_path" and shifts))
+
+
 @pytest.mark.parametrize("call", PATTERNED, ids=str)
 def test_one_value_in_any_argument_spreads_as_eagers_does(call, target):
     for name in call.case.shapes:
         for value, where in ((NAN, -1), (INF, 0), (-INF, -1)):
+            if not _comparable(call, name, value):
+                continue
             tensors = call.inputs(target)
             tensors[name].view(-1)[where] = value
             eager = testing.run(call.spec.eager, tensors, call.case.options)
