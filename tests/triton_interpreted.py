@@ -13,7 +13,8 @@ from conftest import CALLS, calls
 from attnkern import _layout, testing
 from attnkern._triton import linear
 from attnkern.functional import squeeze, squeeze_excite
-from attnkern.ops.squeeze_excite import op, reference
+from attnkern.ops.squeeze_excite import op, reference, triton_plan
+from attnkern.ops.squeeze_excite import triton as launchers
 from attnkern.ops.squeeze_excite.cases import case
 
 SPEC = next(call.spec for call in CALLS if call.spec.name == "squeeze_excite")
@@ -25,9 +26,35 @@ KINDS = {
 }
 
 
+def launch_by(strategy, monkeypatch):
+    """Force small samples to take separate launches over tiles, or one; the other is taken away."""
+    if strategy == "tiles":
+        monkeypatch.setattr(triton_plan, "SAMPLE_ELEMENTS", 0)
+        absent = ("sample_fwd_kernel", "sample_bwd_kernel")
+    else:
+        absent = ("pool_kernel", "rescale_kernel", "reduce_kernel", "apply_grad_kernel")
+    for kernel in absent:
+        monkeypatch.setattr(launchers, kernel, None)
+
+
+@pytest.fixture(params=["tiles", "sample"])
+def strategy(request, monkeypatch):
+    launch_by(request.param, monkeypatch)
+
+
 @pytest.mark.parametrize("kind", KINDS)
 @pytest.mark.parametrize("call", CALLS, ids=str)
-def test_every_case_within_the_budget(call, kind):
+def test_every_case_within_the_budget(call, kind, monkeypatch):
+    launch_by("tiles", monkeypatch)
+    dtype, weights, last = KINDS[kind]
+    tensors = call.case.inputs(dtype, weight_dtype=weights, channels_last=last)
+    testing.compare(call.spec, call.case, tensors, impl="triton")
+
+
+@pytest.mark.parametrize("kind", ["bfloat16-first", "float32-last"])
+@pytest.mark.parametrize("call", [call for call in CALLS if call.spec is SPEC], ids=str)
+def test_every_case_with_a_program_a_sample(call, kind, monkeypatch):
+    launch_by("sample", monkeypatch)
     dtype, weights, last = KINDS[kind]
     tensors = call.case.inputs(dtype, weight_dtype=weights, channels_last=last)
     testing.compare(call.spec, call.case, tensors, impl="triton")
@@ -35,6 +62,7 @@ def test_every_case_within_the_budget(call, kind):
 
 @pytest.mark.parametrize("act", ["gelu", "prelu"])
 def test_samples_that_share_tiles_of_the_weights(act, monkeypatch):
+    launch_by("tiles", monkeypatch)
     monkeypatch.setattr(linear, "SHARED_WEIGHTS", 0)
     options = {"prelu": 19} if act == "prelu" else {"act": act}
     c = case("", 17, 37, (1, 2), 19, **options)
@@ -49,6 +77,7 @@ SLICES = {
 }
 
 
+@pytest.mark.usefixtures("strategy")
 @pytest.mark.parametrize(
     ("name", "out_act"), [*((name, "relu") for name in SLICES), ("batch and channels", "silu")]
 )
@@ -76,6 +105,7 @@ def test_slices_give_the_bits_of_their_copies(name, channels_last, out_act):
         assert torch.equal(got, want), what
 
 
+@pytest.mark.usefixtures("strategy")
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 def test_an_expanded_gradient(channels_last):
     call = calls("residual_relu_drop_path")[0]
@@ -89,6 +119,7 @@ def test_an_expanded_gradient(channels_last):
         assert torch.equal(grad, want.grads[name]), name
 
 
+@pytest.mark.usefixtures("strategy")
 @pytest.mark.parametrize("name", ["resnet", "prelu", "residual_relu_drop_path", "src_shift"])
 def test_no_samples(name):
     call = calls(name)[0]
@@ -100,7 +131,10 @@ def test_no_samples(name):
     for name, grad in got.grads.items():
         assert grad.shape == empty[name].shape
         assert torch.equal(grad, torch.zeros_like(grad)), name
-    assert squeeze(empty["x"], impl="triton").shape == empty["x"].shape[:2]
+
+
+def test_no_samples_to_squeeze():
+    assert squeeze(torch.empty(0, 5, 3, 3), impl="triton").shape == (0, 5)
 
 
 @pytest.mark.parametrize("out_act", ["relu", "relu6"])

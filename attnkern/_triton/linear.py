@@ -27,6 +27,72 @@ def _activate(v, slopes, k, valid, slope, slope_stride, ACT: tl.constexpr):
     return activation(v, slope, ACT)
 
 
+@triton.jit
+def _linear_tile(
+    b,
+    o,
+    v,
+    w,
+    bias,
+    slopes,
+    pre,
+    out,
+    slope_terms,
+    batch,
+    inputs,
+    outputs,
+    slope,
+    slope_stride,
+    TRANSPOSED: tl.constexpr,
+    ACT: tl.constexpr,
+    DOT: tl.constexpr,
+    BLOCK_B: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """Outputs o [BLOCK_O] of samples b [BLOCK_B]; see linear_kernel."""
+    acc = (
+        tl.zeros([BLOCK_B, BLOCK_O], tl.float32)
+        if DOT
+        else tl.zeros([BLOCK_O, BLOCK_K], tl.float32)
+    )
+    for k0 in range(0, inputs, BLOCK_K):
+        k = k0 + tl.arange(0, BLOCK_K).to(tl.int64)
+        a = tl.load(
+            v + b[:, None] * inputs + k[None, :],
+            mask=(b < batch)[:, None] & (k < inputs)[None, :],
+            other=0.0,
+        )
+        if pre is None:
+            a = _activate(a, slopes, k, k < inputs, slope, slope_stride, ACT)
+        offsets = (
+            k[None, :] * outputs + o[:, None] if TRANSPOSED else o[:, None] * inputs + k[None, :]
+        )
+        weights = tl.load(
+            w + offsets,
+            mask=(o < outputs)[:, None] & (k < inputs)[None, :],
+            other=0.0,
+        ).to(tl.float32)
+        if DOT:
+            acc = tl.dot(a, tl.trans(weights), acc, input_precision="ieee")
+        else:
+            acc += a * weights
+    total = acc if DOT else tl.sum(acc, axis=1)[None, :]
+    if bias is not None:
+        total += tl.load(bias + o, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
+    valid = (b < batch)[:, None] & (o < outputs)[None, :]
+    offsets = b[:, None] * outputs + o[None, :]
+    if pre is not None:
+        h = tl.load(pre + offsets, mask=valid, other=0.0)
+        if slope_terms is not None:
+            tl.store(slope_terms + offsets, tl.where(h > 0, 0.0, h) * total, mask=valid)
+        if ACT == "prelu":
+            slope = tl.load(slopes + o * slope_stride, mask=o < outputs, other=0.0)
+            slope = slope.to(tl.float32)[None, :]
+        total = activation_grad(total, h, slope, ACT)
+    tl.store(out + offsets, total, mask=valid)
+
+
 @triton.jit(do_not_specialize=["batch", "inputs", "outputs", "slope_stride"])
 def linear_kernel(
     v,
@@ -58,46 +124,39 @@ def linear_kernel(
     """
     b = tl.program_id(0).to(tl.int64) * BLOCK_B + tl.arange(0, BLOCK_B)
     o = tl.program_id(1).to(tl.int64) * BLOCK_O + tl.arange(0, BLOCK_O)
-    if DOT:
-        acc = tl.zeros([BLOCK_B, BLOCK_O], tl.float32)
-    else:
-        acc = tl.zeros([BLOCK_O, BLOCK_K], tl.float32)
-    for k0 in range(0, inputs, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K).to(tl.int64)
-        a = tl.load(
-            v + b[:, None] * inputs + k[None, :],
-            mask=(b < batch)[:, None] & (k < inputs)[None, :],
-            other=0.0,
-        )
-        if pre is None:
-            a = _activate(a, slopes, k, k < inputs, slope, slope_stride, ACT)
-        if TRANSPOSED:
-            offsets = k[None, :] * outputs + o[:, None]
-        else:
-            offsets = o[:, None] * inputs + k[None, :]
-        weights = tl.load(
-            w + offsets,
-            mask=(o < outputs)[:, None] & (k < inputs)[None, :],
-            other=0.0,
-        ).to(tl.float32)
-        if DOT:
-            acc = tl.dot(a, tl.trans(weights), acc, input_precision="ieee")
-        else:
-            acc += a * weights
-    total = acc if DOT else tl.sum(acc, axis=1)[None, :]
-    if bias is not None:
-        total += tl.load(bias + o, mask=o < outputs, other=0.0).to(tl.float32)[None, :]
-    valid = (b < batch)[:, None] & (o < outputs)[None, :]
-    offsets = b[:, None] * outputs + o[None, :]
-    if pre is not None:
-        h = tl.load(pre + offsets, mask=valid, other=0.0)
-        if slope_terms is not None:
-            tl.store(slope_terms + offsets, tl.where(h > 0, 0.0, h) * total, mask=valid)
-        if ACT == "prelu":
-            slope = tl.load(slopes + o * slope_stride, mask=o < outputs, other=0.0)
-            slope = slope.to(tl.float32)[None, :]
-        total = activation_grad(total, h, slope, ACT)
-    tl.store(out + offsets, total, mask=valid)
+    _linear_tile(
+        b, o, v, w, bias, slopes, pre, out, slope_terms, batch, inputs, outputs,
+        slope, slope_stride, TRANSPOSED, ACT, DOT, BLOCK_B, BLOCK_O, BLOCK_K,
+    )  # fmt: skip
+
+
+@triton.jit
+def linear_sample(
+    b,
+    v,
+    w,
+    bias,
+    slopes,
+    pre,
+    out,
+    slope_terms,
+    inputs,
+    outputs,
+    slope,
+    slope_stride,
+    TRANSPOSED: tl.constexpr,
+    ACT: tl.constexpr,
+    BLOCK_O: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """linear_kernel's work on sample b by one program; all its threads may then read ``out``."""
+    for o0 in range(0, outputs, BLOCK_O):
+        o = o0 + tl.arange(0, BLOCK_O).to(tl.int64)
+        _linear_tile(
+            b + tl.arange(0, 1), o, v, w, bias, slopes, pre, out, slope_terms, b + 1, inputs,
+            outputs, slope, slope_stride, TRANSPOSED, ACT, False, 1, BLOCK_O, BLOCK_K,
+        )  # fmt: skip
+    tl.debug_barrier()
 
 
 @triton.jit(do_not_specialize=["batch", "inputs", "outputs", "slope_stride"])
@@ -214,14 +273,15 @@ class Layer(NamedTuple):
             batch=v.shape[0],
             outputs=outputs,
             inputs=inputs,
-            **self._activation(),
+            **self.activation(),
             BLOCK_B=16,
             BLOCK_O=32,
             BLOCK_K=32,
             **LAUNCH,
         )
 
-    def _activation(self) -> dict[str, Any]:
+    def activation(self) -> dict[str, Any]:
+        """The kernels' arguments for the activation before it."""
         stride = 1 if self.slopes is not None and self.slopes.numel() > 1 else 0
         return {"slopes": self.slopes, "slope": self.slope, "slope_stride": stride, "ACT": self.act}
 
@@ -243,7 +303,7 @@ class Layer(NamedTuple):
                 outputs=outputs,
                 TRANSPOSED=transposed,
                 **own,
-                **self._activation(),
+                **self.activation(),
                 **blocks,
                 **LAUNCH,
             )

@@ -2,22 +2,21 @@
 
 Forward: pool (reads x), the MLP, rescale (reads x and the residual, writes y).
 Backward: reduce (reads dy and x), the MLP's gradients, apply (reads dy, writes dx).
+Small samples beside small weights do all of it in one launch, a program a sample.
 Tiles are chosen from the shape.  Nothing is summed by atomics, so results repeat bit for bit.
 """
 
 from __future__ import annotations
 
-import functools
-import math
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 import triton
 from torch import Tensor
 
-from attnkern import _layout
 from attnkern._triton import LAUNCH
 from attnkern._triton.linear import Layer, sum_rows
+from attnkern.ops.squeeze_excite import triton_plan as plan
 from attnkern.ops.squeeze_excite.reference import Options
 from attnkern.ops.squeeze_excite.triton_backward import (
     apply_grad_kernel,
@@ -25,105 +24,25 @@ from attnkern.ops.squeeze_excite.triton_backward import (
     reduce_kernel,
 )
 from attnkern.ops.squeeze_excite.triton_forward import pool_kernel, rescale_kernel
-
-Arguments = dict[str, Any]
-
-# ------------------------------------------------------------------ shapes and tiles
-
-
-class Shape(NamedTuple):
-    batch: int
-    channels: int
-    length: int
-    channels_last: bool
-
-    @property
-    def rows(self) -> int:
-        return self.length if self.channels_last else self.channels
-
-    @property
-    def cols(self) -> int:
-        return self.channels if self.channels_last else self.length
-
-
-def _shape(x: Tensor) -> Shape:
-    return Shape(x.shape[0], x.shape[1], math.prod(x.shape[2:]), _layout.is_channels_last(x))
-
-
-def _map(name: str, t: Tensor | None, channels_last: bool) -> Arguments:
-    """A readable map and its strides; a row is a position channels last, else a channel."""
-    if t is None:
-        return {name: None, f"{name}_batch": 0, f"{name}_row": 0}
-    row = t.stride(1)
-    if channels_last:
-        spatial = zip(t.shape[:1:-1], t.stride()[:1:-1], strict=True)
-        row = next((stride for size, stride in spatial if size != 1), t.shape[1])
-    return {name: t, f"{name}_batch": t.stride(0), f"{name}_row": row}
-
-
-def _cover(size: int, low: int, high: int) -> int:
-    """The largest power of two in [low, high] whose tiles cover ``size`` within 5/4 of the best."""
-    powers = [1 << p for p in range(low.bit_length() - 1, high.bit_length())]
-    padded = {n: triton.cdiv(size, n) * n for n in powers}
-    return max(n for n in powers if 4 * padded[n] <= 5 * min(padded.values()))
-
-
-def _tile(shape: Shape, elements: int) -> dict[str, int]:
-    """ROWS x COLS of at most ``elements``; 512 columns are contiguous enough for any dtype.
-
-    Half of that where rows are not multiples of 16, the alignment Triton vectorises for: an address
-    an element takes two registers (7x7, bf16: 218 registers a thread for 4096 elements).
-    """
-    if shape.cols % 16:
-        elements //= 2
-    cols = _cover(shape.cols, 8, 512)
-    return {"ROWS": _cover(shape.rows, 1, elements // cols), "COLS": cols}
-
-
-def _grid(shape: Shape, tile: dict[str, int]) -> tuple[int]:
-    tiles = triton.cdiv(shape.rows, tile["ROWS"]) * triton.cdiv(shape.cols, tile["COLS"])
-    return (shape.batch * tiles,)
-
-
-@functools.cache
-def _processors(device: torch.device) -> int:
-    """Streaming multiprocessors; 8 for the interpreter, where small cases must split too."""
-    if device.type != "cuda":
-        return 8
-    return torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _splits(shape: Shape, tile: dict[str, int], device: torch.device) -> tuple[int, int, int]:
-    """(channel blocks, splits, positions a split) of a reduction over positions.
-
-    Four programs a processor hide each other's latency; splits beyond that only add partial sums.
-    """
-    channels, positions = tile["ROWS"], tile["COLS"]
-    if shape.channels_last:
-        channels, positions = positions, channels
-    blocks, steps = triton.cdiv(shape.channels, channels), triton.cdiv(shape.length, positions)
-    wanted = triton.cdiv(4 * _processors(device), shape.batch * blocks)
-    chunk = triton.cdiv(steps, min(wanted, steps))
-    return blocks, triton.cdiv(steps, chunk), chunk * positions
-
+from attnkern.ops.squeeze_excite.triton_sample import sample_bwd_kernel, sample_fwd_kernel
 
 # ------------------------------------------------------------------ forward
 
 
 def squeeze_fwd(x: Tensor) -> Tensor:
     with torch.cuda.device_of(x):
-        return _pool(x, _shape(x))
+        return _pool(x, plan.shape_of(x))
 
 
-def _pool(x: Tensor, shape: Shape) -> Tensor:
+def _pool(x: Tensor, shape: plan.Shape) -> Tensor:
     mean = x.new_empty(shape.batch, shape.channels, dtype=torch.float32)
     if not shape.batch:
         return mean
-    tile = _tile(shape, 4096)
-    blocks, splits, chunk = _splits(shape, tile, x.device)
+    tile = plan.tile(shape, 4096)
+    blocks, splits, chunk = plan.splits(shape, tile, x.device)
     partial = mean if splits == 1 else mean.new_empty(splits, *mean.shape)
     pool_kernel[shape.batch * blocks, splits](
-        **_map("x", x, shape.channels_last),
+        **plan.strided("x", x, shape.channels_last),
         partial=partial,
         batch=shape.batch,
         channels=shape.channels,
@@ -151,9 +70,23 @@ def _layers(
     return layers if w2 is None else [*layers, Layer(w2, b2, o.act, o.act_slope, act_weight)]
 
 
+def _mlp(layers: list[Layer], biases: bool = True) -> plan.Arguments:
+    """The arguments of a kernel that runs the whole MLP."""
+    first, last = layers[0], layers[-1]
+    second = last if len(layers) == 2 else None
+    return {
+        "w1": first.weight,
+        "w2": None if second is None else second.weight,
+        **({"b1": first.bias, "b2": None if second is None else second.bias} if biases else {}),
+        "hidden_size": first.weight.shape[0],
+        "logits_size": last.weight.shape[0],
+        **last.activation(),
+    }
+
+
 def _branch(
-    shape: Shape, o: Options, logits: Tensor, drop_path: Tensor | None, **own: Any
-) -> Arguments:
+    shape: plan.Shape, o: Options, logits: Tensor, drop_path: Tensor | None, **own: Any
+) -> plan.Arguments:
     """The arguments that every kernel over u = residual + d gain (s x + t) takes."""
     return {
         "logits": logits,
@@ -183,24 +116,44 @@ def squeeze_excite_fwd(
     *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
     *options, save_mask = arguments
-    o, shape = Options(*options), _shape(x)
+    o, shape = Options(*options), plan.shape_of(x)
     y, none = torch.empty_like(x), x.new_empty(0, dtype=torch.float32)
     mask_shape = (shape.batch * shape.rows, triton.cdiv(shape.cols, 8)) if save_mask else (0,)
     mask = x.new_empty(mask_shape, dtype=torch.uint8)
+    layers = _layers(w1, b1, w2, b2, act_weight, o)
+    sample = plan.sample_blocks(shape, layers)
     with torch.cuda.device_of(x):
+        rescale: plan.Arguments = {
+            **plan.strided("x", x, shape.channels_last),
+            **plan.strided("residual", residual, shape.channels_last),
+            **plan.strided("y", y, shape.channels_last),
+            "mask": mask if save_mask else None,
+        }
+        if sample:
+            mean = none if src is not None else none.new_empty(shape.batch, shape.channels)
+            values = [mean if src is None else src]
+            values += [none.new_empty(shape.batch, layer.weight.shape[0]) for layer in layers]
+            if shape.batch:
+                sample_fwd_kernel[shape.batch,](
+                    **rescale,
+                    **_branch(shape, o, values[-1], drop_path, OUT_ACT=o.out_act),
+                    **_mlp(layers),
+                    src=src,
+                    mean=mean,
+                    hidden=values[1],
+                    **sample,
+                )
+            return y, mean, values[1] if w2 is not None else none, values[-1], mask
         mean = _pool(x, shape) if src is None else none
         values = [mean if src is None else src]
-        for layer in _layers(w1, b1, w2, b2, act_weight, o):
+        for layer in layers:
             values.append(layer.forward(values[-1]))
         # an operator may not return its own input
         logits = values[-1] if len(values) > 1 else values[0].clone()
-        tile = _tile(shape, 4096)
+        tile = plan.tile(shape, 4096)
         if shape.batch:
-            rescale_kernel[_grid(shape, tile)](
-                **_map("x", x, shape.channels_last),
-                **_map("residual", residual, shape.channels_last),
-                **_map("y", y, shape.channels_last),
-                mask=mask if save_mask else None,
+            rescale_kernel[plan.grid(shape, tile)](
+                **rescale,
                 **_branch(shape, o, logits, drop_path, OUT_ACT=o.out_act),
                 **tile,
                 **LAUNCH,
@@ -230,7 +183,7 @@ def squeeze_excite_bwd(
     *arguments: Any,
 ) -> tuple[Tensor, ...]:
     *options, need_dx, need_dw, need_dresidual = arguments
-    o, shape = Options(*options), _shape(x)
+    o, shape = Options(*options), plan.shape_of(x)
 
     def like(t: Tensor | None, needed: bool = True) -> Tensor:
         return torch.empty_like(t) if t is not None and needed else x.new_empty(0)
@@ -248,12 +201,46 @@ def squeeze_excite_bwd(
 
     with torch.cuda.device_of(x):
         v = {
-            **_map("dy", dy, shape.channels_last),
-            **_map("x", x, shape.channels_last),
-            **_map("residual", residual, shape.channels_last),
+            **plan.strided("dy", dy, shape.channels_last),
+            **plan.strided("x", x, shape.channels_last),
+            **plan.strided("residual", residual, shape.channels_last),
             "mask": mask if mask.numel() else None,
             **_branch(shape, o, logits, drop_path, OUT_ACT=o.out_act),
         }
+        sample = plan.sample_blocks(shape, layers)
+        if sample:
+            dmean = torch.empty_like(mean) if src is None else dsrc
+            terms = torch.empty_like(hidden) if need_dw and act_weight is not None else None
+            dz, dhidden = torch.empty_like(logits), torch.empty_like(hidden)
+            kinds = 2 if o.apply in ("scale_shift", "shift") else 1
+            if shape.batch:
+                sample_bwd_kernel[shape.batch,](
+                    **v,
+                    **_mlp(layers, biases=False),
+                    **plan.strided("dx", dx if need_dx else None, shape.channels_last),
+                    **plan.strided(
+                        "dresidual", dresidual if need_dresidual else None, shape.channels_last
+                    ),
+                    hidden=hidden,
+                    dlogits=None if dlogits is None else dlogits.contiguous(),
+                    sums=logits.new_empty(kinds, shape.batch, shape.channels),
+                    ddrop_path=None if drop_path is None else ddrop_path,
+                    dz=dz,
+                    dhidden=dhidden,
+                    dmean=dmean if src is not None or need_dx else None,
+                    slope_terms=terms,
+                    batch=shape.batch,
+                    POOLED=src is None,
+                    BLOCK_Z=min(1024, triton.next_power_of_2(shape.channels)),
+                    **sample,
+                )
+            if need_dw:
+                backs = (dz,) if w2 is None else (dhidden, dz)
+                for layer, g, value, own in zip(layers, backs, inputs, grads, strict=False):
+                    layer.weight_grad(g, value, *own)
+                if terms is not None:
+                    _slope_grad(terms, dact_weight)
+            return dx, dsrc, dw1, db1, dw2, db2, dact_weight, dresidual, ddrop_path
         sums = _reduce(v, dresidual if need_dresidual else None, shape, x.device)
         dz = torch.empty_like(logits) if layers else dsrc
         if shape.batch:
@@ -283,18 +270,17 @@ def squeeze_excite_bwd(
                 terms = torch.empty_like(hidden) if need_dw and act_weight is not None else None
                 grad = layer.backward(grad, torch.empty_like(hidden), hidden, terms)
                 if terms is not None:
-                    shared = dact_weight.numel() == 1
-                    sum_rows(terms.reshape(-1, 1) if shared else terms, dact_weight)
+                    _slope_grad(terms, dact_weight)
             elif src is not None or need_dx:
                 grad = layer.backward(grad, torch.empty_like(mean) if src is None else dsrc)
         if need_dx and shape.batch:
             if need_dresidual:  # v is written: read it instead of what it came from
-                v |= {**_map("dy", dresidual, shape.channels_last), "mask": None}
+                v |= {**plan.strided("dy", dresidual, shape.channels_last), "mask": None}
                 v["OUT_ACT"] = "identity"
-            tile = _tile(shape, 4096 if v["OUT_ACT"] == "identity" else 2048)
-            apply_grad_kernel[_grid(shape, tile)](
+            tile = plan.tile(shape, 4096 if v["OUT_ACT"] == "identity" else 2048)
+            apply_grad_kernel[plan.grid(shape, tile)](
                 **v,
-                **_map("dx", dx, shape.channels_last),
+                **plan.strided("dx", dx, shape.channels_last),
                 dmean=grad if src is None else None,
                 **tile,
                 **LAUNCH,
@@ -302,18 +288,24 @@ def squeeze_excite_bwd(
     return dx, dsrc, dw1, db1, dw2, db2, dact_weight, dresidual, ddrop_path
 
 
-def _reduce(v: Arguments, dresidual: Tensor | None, shape: Shape, device: torch.device) -> Tensor:
+def _slope_grad(terms: Tensor, dslope: Tensor) -> None:
+    sum_rows(terms.reshape(-1, 1) if dslope.numel() == 1 else terms, dslope)
+
+
+def _reduce(
+    v: plan.Arguments, dresidual: Tensor | None, shape: plan.Shape, device: torch.device
+) -> Tensor:
     """sum v x [1, B, C], or with sum v [2, B, C] where the gate shifts; writes v to dresidual."""
     kinds = 2 if v["APPLY"] in ("scale_shift", "shift") else 1
     sums = torch.empty(kinds, shape.batch, shape.channels, dtype=torch.float32, device=device)
     if not shape.batch:
         return sums
-    tile = _tile(shape, 2048)  # two maps and two running sums in registers
-    blocks, splits, chunk = _splits(shape, tile, device)
+    tile = plan.tile(shape, 2048)  # two maps and two running sums in registers
+    blocks, splits, chunk = plan.splits(shape, tile, device)
     partial = sums if splits == 1 else sums.new_empty(splits, *sums.shape)
     reduce_kernel[shape.batch * blocks, splits](
         **v,
-        **_map("dresidual", dresidual, shape.channels_last),
+        **plan.strided("dresidual", dresidual, shape.channels_last),
         partial=partial,
         batch=shape.batch,
         chunk=chunk,

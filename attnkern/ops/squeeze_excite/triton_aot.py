@@ -46,7 +46,7 @@ def _call(dtype: str, weights: str, layout: str, *args: Any, **options: Any) -> 
     return f"{c.name}, {dtype}, channels {layout}", call
 
 
-# Stages of real networks, then the options that none of them has.
+# Stages of real networks, then the options that none of them has, then a program a sample.
 CALLS: dict[str, Callable[[], None]] = dict(
     [
         _call("bf16", "bf16", "first", "seresnet50 stage 1", 32, 256, (56, 56), 16, **_SHORTCUT),
@@ -54,13 +54,17 @@ CALLS: dict[str, Callable[[], None]] = dict(
         _call("bf16", "bf16", "first", "seresnet50 stage 4", 256, 2048, (7, 7), 128, **_SHORTCUT),
         _call("fp16", "fp32", "first", "efficientnet_b0", 64, 32, (112, 112), 8, act="silu"),
         _call("fp16", "fp16", "last", "mobilenet_v3", 64, 960, (7, 7), 240, gate="hard_sigmoid"),
-        _call("fp16", "fp16", "first", "lc0", 256, 512, (8, 8), 64, **_LC0),
-        _call("bf16", "fp32", "first", "silu", 8, 128, (14, 14), 8, residual=True, out_act="silu"),
-        _call("fp32", "fp32", "last", "gelu", 8, 128, (14, 14), 8, act="gelu", out_act="gelu"),
-        _call("bf16", "bf16", "last", "relu6", 8, 128, (14, 14), 8, act="relu6", out_act="relu6"),
-        _call("fp16", "fp16", "first", "prelu", 8, 128, (14, 14), 8, prelu=8, apply="shift"),
+        _call("fp16", "fp16", "first", "lc0", 256, 1024, (8, 8), 64, **_LC0),
+        _call("bf16", "fp32", "first", "silu", 8, 128, (28, 28), 8, residual=True, out_act="silu"),
+        _call("fp32", "fp32", "last", "gelu", 8, 128, (28, 28), 8, act="gelu", out_act="gelu"),
+        _call("bf16", "bf16", "last", "relu6", 8, 128, (28, 28), 8, act="relu6", out_act="relu6"),
+        _call("fp16", "fp16", "first", "prelu", 8, 128, (28, 28), 8, prelu=8, apply="shift"),
         _call("fp32", "fp32", "first", "one sample", 1, 64, (512, 512), 4, **_ONE),
-        _call("bf16", "bf16", "first", "one layer", 3, 51, (7, 9), None, layers=1, gate="tanh"),
+        _call("bf16", "bf16", "first", "one layer", 3, 51, (37, 39), None, layers=1, gate="tanh"),
         _call("fp32", "fp32", "last", "excite", 3, 51, (7, 9), None, layers=0, src=True),
+        _call("fp16", "fp16", "first", "lc0 small", 256, 512, (8, 8), 64, **_LC0),
+        _call("bf16", "fp32", "first", "odd", 8, 113, (7, 7), 9, prelu=9, **_SHORTCUT),
+        _call("fp32", "fp32", "last", "odd", 8, 113, (7, 7), 9, residual=True, out_act="silu"),
+        _call("bf16", "bf16", "last", "given", 8, 128, (7, 7), None, layers=1, src=True, **_ONE),
     ]
 )

@@ -19,6 +19,36 @@ from attnkern.ops.squeeze_excite.triton_maps import (
 )
 
 
+@triton.jit
+def pool(
+    x,
+    b,
+    c,
+    first,
+    last,
+    channels,
+    length,
+    x_batch,
+    x_row,
+    CHANNELS_LAST: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """Sum of x over positions [first, last), for the channels c of a tile."""
+    POSITIONS: tl.constexpr = ROWS if CHANNELS_LAST else COLS
+    rows = length if CHANNELS_LAST else channels
+    cols = channels if CHANNELS_LAST else length
+    acc = tl.zeros([ROWS, COLS], tl.float32)
+    for l0 in range(first, last, POSITIONS):
+        position = l0 + tl.arange(0, POSITIONS).to(tl.int64)
+        row = position if CHANNELS_LAST else c
+        col = c if CHANNELS_LAST else position
+        valid = (row < rows)[:, None] & (col < cols)[None, :]
+        offsets = b * x_batch + row[:, None] * x_row + col[None, :]
+        acc += tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
+    return over_positions(acc, CHANNELS_LAST)
+
+
 @triton.jit(do_not_specialize=["batch", "chunk", "divisor"])
 def pool_kernel(
     x,
@@ -42,25 +72,74 @@ def pool_kernel(
     Numerics  float32, a tile of running sums, then a tree; fixed order
     """
     CHANNELS: tl.constexpr = COLS if CHANNELS_LAST else ROWS
-    POSITIONS: tl.constexpr = ROWS if CHANNELS_LAST else COLS
-    rows = length if CHANNELS_LAST else channels
-    cols = channels if CHANNELS_LAST else length
     blocks = tiles(channels, CHANNELS)
     b = (tl.program_id(0) // blocks).to(tl.int64)
     c = (tl.program_id(0) % blocks).to(tl.int64) * CHANNELS + tl.arange(0, CHANNELS)
     split = tl.program_id(1).to(tl.int64)
     first = split * chunk
     last = tl.minimum(first + chunk, length)
-    acc = tl.zeros([ROWS, COLS], tl.float32)
-    for l0 in range(first, last, POSITIONS):
-        position = l0 + tl.arange(0, POSITIONS).to(tl.int64)
-        row = position if CHANNELS_LAST else c
-        col = c if CHANNELS_LAST else position
-        valid = (row < rows)[:, None] & (col < cols)[None, :]
-        offsets = b * x_batch + row[:, None] * x_row + col[None, :]
-        acc += tl.load(x + offsets, mask=valid, other=0.0).to(tl.float32)
-    total = over_positions(acc, CHANNELS_LAST) / divisor
+    total = (
+        pool(x, b, c, first, last, channels, length, x_batch, x_row, CHANNELS_LAST, ROWS, COLS)
+        / divisor
+    )
     tl.store(partial + (split * batch + b) * channels + c, total, mask=c < channels)
+
+
+@triton.jit
+def rescale(
+    b,
+    row0,
+    col0,
+    x,
+    residual,
+    logits,
+    drop_path,
+    y,
+    mask,
+    channels,
+    length,
+    x_batch,
+    x_row,
+    residual_batch,
+    residual_row,
+    y_batch,
+    y_row,
+    gain,
+    gate_slope,
+    gate_offset,
+    CHANNELS_LAST: tl.constexpr,
+    GATE: tl.constexpr,
+    APPLY: tl.constexpr,
+    OUT_ACT: tl.constexpr,
+    ROWS: tl.constexpr,
+    COLS: tl.constexpr,
+):
+    """rescale_kernel's work on the tile at row0, col0 of sample b."""
+    rows = length if CHANNELS_LAST else channels
+    cols = channels if CHANNELS_LAST else length
+    row = row0 + tl.arange(0, ROWS).to(tl.int64)
+    col = col0 + tl.arange(0, COLS).to(tl.int64)
+    valid = (row < rows)[:, None] & (col < cols)[None, :]
+    c = col if CHANNELS_LAST else row
+    z, shift = load_logits(logits, b, c, channels, APPLY)
+    factor = branch_factor(drop_path, b, gain)
+    s, t = coefficients(z, shift, factor, gate_slope, gate_offset, GATE, APPLY)
+    offsets = b * x_batch + row[:, None] * x_row + col[None, :]
+    u = pre_activation(
+        tl.load(x + offsets, mask=valid, other=0.0, eviction_policy="evict_first").to(tl.float32),
+        per_channel(s, CHANNELS_LAST),
+        per_channel(t, CHANNELS_LAST),
+        residual,
+        b * residual_batch + row[:, None] * residual_row + col[None, :],
+        valid,
+        APPLY,
+    )
+    if mask is not None:
+        one = tl.full([ROWS, COLS], 1.0, tl.float32)
+        bits = (activation_grad(one, u, 0.0, OUT_ACT) != 0) & valid
+        pack(mask, bits, b, row0, col0, rows, cols, ROWS, COLS)
+    out = activation(u, 0.0, OUT_ACT).to(y.dtype.element_ty)
+    tl.store(y + b * y_batch + row[:, None] * y_row + col[None, :], out, mask=valid)
 
 
 @triton.jit
@@ -100,26 +179,8 @@ def rescale_kernel(
     cols = channels if CHANNELS_LAST else length
     pid = tl.num_programs(0) - 1 - tl.program_id(0)
     b, row0, col0 = locate(pid, rows, cols, ROWS, COLS)
-    row = row0 + tl.arange(0, ROWS)
-    col = col0 + tl.arange(0, COLS)
-    valid = (row < rows)[:, None] & (col < cols)[None, :]
-    c = col if CHANNELS_LAST else row
-    z, shift = load_logits(logits, b, c, channels, APPLY)
-    factor = branch_factor(drop_path, b, gain)
-    s, t = coefficients(z, shift, factor, gate_slope, gate_offset, GATE, APPLY)
-    offsets = b * x_batch + row[:, None] * x_row + col[None, :]
-    u = pre_activation(
-        tl.load(x + offsets, mask=valid, other=0.0, eviction_policy="evict_first").to(tl.float32),
-        per_channel(s, CHANNELS_LAST),
-        per_channel(t, CHANNELS_LAST),
-        residual,
-        b * residual_batch + row[:, None] * residual_row + col[None, :],
-        valid,
-        APPLY,
-    )
-    if mask is not None:
-        one = tl.full([ROWS, COLS], 1.0, tl.float32)
-        bits = (activation_grad(one, u, 0.0, OUT_ACT) != 0) & valid
-        pack(mask, bits, b, row0, col0, rows, cols, ROWS, COLS)
-    out = activation(u, 0.0, OUT_ACT).to(y.dtype.element_ty)
-    tl.store(y + b * y_batch + row[:, None] * y_row + col[None, :], out, mask=valid)
+    rescale(
+        b, row0, col0, x, residual, logits, drop_path, y, mask, channels, length, x_batch, x_row,
+        residual_batch, residual_row, y_batch, y_row, gain, gate_slope, gate_offset,
+        CHANNELS_LAST, GATE, APPLY, OUT_ACT, ROWS, COLS,
+    )  # fmt: skip

@@ -53,8 +53,8 @@ def locate(pid, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
 @triton.jit
 def pack(mask, bits, b, row0, col0, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
     """Store the tile of bits, eight columns a byte, least significant bit first."""
-    row = row0 + tl.arange(0, ROWS)
-    byte = col0 // 8 + tl.arange(0, COLS // 8)
+    row = row0 + tl.arange(0, ROWS).to(tl.int64)
+    byte = col0 // 8 + tl.arange(0, COLS // 8).to(tl.int64)
     stride = tiles(cols, 8)
     shifts = tl.arange(0, 8)[None, None, :]
     packed = tl.sum(tl.reshape(bits.to(tl.int32), [ROWS, COLS // 8, 8]) << shifts, axis=2)
@@ -68,8 +68,8 @@ def pack(mask, bits, b, row0, col0, rows, cols, ROWS: tl.constexpr, COLS: tl.con
 @triton.jit
 def unpack(mask, b, row0, col0, rows, cols, ROWS: tl.constexpr, COLS: tl.constexpr):
     """The tile of bits that `pack` stored."""
-    row = row0 + tl.arange(0, ROWS)
-    byte = col0 // 8 + tl.arange(0, COLS // 8)
+    row = row0 + tl.arange(0, ROWS).to(tl.int64)
+    byte = col0 // 8 + tl.arange(0, COLS // 8).to(tl.int64)
     stride = tiles(cols, 8)
     packed = tl.load(
         mask + (b * rows + row)[:, None] * stride + byte[None, :],
