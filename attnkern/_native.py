@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch  # noqa: F401  (libtorch must be loaded before _C, which links against it)
 
-_C: object | None = None
+_C: Any = None
 reason = ""
 """Why the compiled extension is absent; empty when it is loaded."""
 
 try:
-    from attnkern import _C  # type: ignore[no-redef,attr-defined]
+    from attnkern import _C  # type: ignore[no-redef,attr-defined,unused-ignore]
 except ImportError as error:
     reason = (
         f"the compiled extension attnkern._C is not available ({error}); "
@@ -17,4 +19,4 @@ except ImportError as error:
     )
 
 available = _C is not None
-has_cuda: bool = bool(available and _C.build_info()["cuda"])  # type: ignore[attr-defined]
+has_cuda: bool = bool(available and _C.build_info()["cuda"])

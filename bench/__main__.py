@@ -270,10 +270,11 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
         for section, units, columns, cells in work:
             screen.head(columns)
             for unit in units:
-                if section == "kernels":
-                    rows = runner.measure(unit, config, oracles)
-                else:
-                    rows = models.measure(unit, config)
+                rows = (
+                    runner.measure(unit, config, oracles)
+                    if section == "kernels"
+                    else models.measure(unit, config)
+                )
                 again = {row["key"] for row in rows}
                 found[section] = [row for row in found[section] if row["key"] not in again]
                 for row in rows:

@@ -228,10 +228,23 @@ def test_every_test_asserts():
 
 
 def test_one_test_file_a_property():
-    for name in (
-        "reference forward backward layouts special_values determinism opcheck compile export autocast "
-        "errors select import architecture memory"
-    ).split():
+    for name in [
+        "reference",
+        "forward",
+        "backward",
+        "layouts",
+        "special_values",
+        "determinism",
+        "opcheck",
+        "compile",
+        "export",
+        "autocast",
+        "errors",
+        "select",
+        "import",
+        "architecture",
+        "memory",
+    ]:
         assert (ROOT / f"tests/test_{name}.py").is_file(), name
 
 

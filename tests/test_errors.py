@@ -74,7 +74,8 @@ BAD = [
     ({"w1": None, "b1": None, "w2": None}, "b2", "be None when w1 is None", "tensor"),
     ({"w1": None, "b1": None, "w2": None, "b2": None}, "src", "be given when w1 is None", "None"),
     ({"w2": None, "b2": None, "b1": None}, "w1", "have shape [C=8, C=8]", "[4, 8]"),
-    ({"w2": None, "b2": None, "w1": t(8, 8), "apply": "scale_shift", "b1": t(16)}, "w1", "have shape [2C=16, C=8]", "[8, 8]"),
+    ({"w2": None, "b2": None, "w1": t(8, 8), "apply": "scale_shift", "b1": t(16)},
+     "w1", "have shape [2C=16, C=8]", "[8, 8]"),
     ({"w2": None}, "b2", "be None when w2 is None", "tensor"),
     ({"w2": "w2"}, "w2", "be a Tensor", "str"),
     ({"w2": t(8, 5)}, "w2", "have shape [C=8, R=4]", "[8, 5]"),
@@ -92,7 +93,8 @@ BAD = [
     ({"b1": t(4, **meta)}, "b1", "be on the device of x", "meta"),
     ({"b2": t(4)}, "b2", "have shape [8]", "[4]"),
     ({"b2": sparse(8)}, "b2", "be a strided tensor", "sparse_coo"),
-    ({"x": t(2, 8, 5, dtype=BF16), "w1": t(4, 8, dtype=BF16)}, "b1", "have the dtype of w1 (torch.bfloat16)", "float32"),
+    ({"x": t(2, 8, 5, dtype=BF16), "w1": t(4, 8, dtype=BF16)},
+     "b1", "have the dtype of w1 (torch.bfloat16)", "float32"),
     # act_weight
     ({"act": "prelu"}, "act_weight", 'be given exactly when act="prelu"', "NoneType"),
     ({"act_weight": t(4)}, "act_weight", 'be given exactly when act="prelu"', "relu"),
@@ -100,7 +102,8 @@ BAD = [
     ({"act": "prelu", "act_weight": t(4, 1)}, "act_weight", "have shape [1] or [R=4]", "[4, 1]"),
     ({"act": "prelu", "act_weight": 0.25}, "act_weight", "be a Tensor", "float"),
     ({"act": "prelu", "act_weight": t(4, dtype=F64)}, "act_weight", "have dtype", "float64"),
-    ({"act": "prelu", "act_weight": t(8), "w1": t(8, 8), "b1": None, "w2": None, "b2": None}, "w2", "be given when", "None"),
+    ({"act": "prelu", "act_weight": t(8), "w1": t(8, 8), "b1": None, "w2": None, "b2": None},
+     "w2", "be given when", "None"),
     # src
     ({"src": 1}, "src", "be a Tensor", "int"),
     ({"src": t(2, 7)}, "src", "have shape [B=2, 8]", "[2, 7]"),
@@ -202,7 +205,7 @@ def test_the_halves_name_themselves(function, arguments, message):
 
 def test_an_implementation_that_cannot_serve_the_input_is_an_error(target):
     x = torch.ones(1, 2, 3, device=target.device)
-    with pytest.raises(ValueError, match="impl='triton' cannot serve torch.float64") as raised:
+    with pytest.raises(ValueError, match=r"impl='triton' cannot serve torch\.float64") as raised:
         squeeze(x.double(), impl="triton")
     assert "native: " in str(raised.value)
     assert "reference: can serve it" in str(raised.value)

@@ -10,7 +10,6 @@ from conftest import CALLS, calls
 from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnkern import _layout, testing
-from attnkern.functional import squeeze_excite
 from attnkern.ops.squeeze_excite.reference import Options
 
 B, C, H, W = 2, 6, 5, 4

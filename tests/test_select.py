@@ -67,7 +67,7 @@ def test_use_impl_changes_auto_only(monkeypatch):
             raise ZeroDivisionError
         assert _select.requested("auto") == "reference"
     assert _select.requested("auto") == _select._default
-    with pytest.raises(ValueError, match="use_impl: impl must be one of .*, got 'fast'"):
+    with pytest.raises(ValueError, match=r"use_impl: impl must be one of .*, got 'fast'"):
         attnkern.use_impl("fast").__enter__()
     with attnkern.use_impl("triton"), pytest.raises(ValueError, match="impl='triton' cannot serve"):
         squeeze(torch.ones(1, 2, 3, dtype=torch.float64))
@@ -131,7 +131,7 @@ def test_the_environment_variable_changes_auto_only():
 
 def test_a_wrong_environment_variable_is_an_error_at_import():
     with pytest.raises(
-        AssertionError, match="ValueError: attnkern: ATTNKERN_IMPL must be one of .*'fast'"
+        AssertionError, match=r"ValueError: attnkern: ATTNKERN_IMPL must be one of .*'fast'"
     ):
         fresh("import attnkern", ATTNKERN_IMPL="fast")
 
@@ -224,5 +224,5 @@ def _none():
 
 @pytest.mark.skipif(not _native.available, reason="the explicit choice would be refused anyway")
 def test_an_explicit_choice_under_a_transform_is_an_error():
-    with pytest.raises(ValueError, match="impl='native' cannot serve .*torch.func transforms"):
+    with pytest.raises(ValueError, match=r"impl='native' cannot serve .*torch\.func transforms"):
         torch.func.vmap(lambda x: squeeze(x, impl="native"))(torch.ones(2, 1, 2, 3))

@@ -80,7 +80,7 @@ def test_a_value_at_every_position_stays_in_its_sample(call, target, channels_la
     """Every lane and every edge of a vector or tile, in turn."""
     tensors = call.inputs(target, channels_last=channels_last)
     clean = call.run(target, tensors)
-    batch, channels, height, width = tensors["x"].shape
+    _batch, channels, height, width = tensors["x"].shape
     for index in range(0, channels * height * width, 7):
         c, at = divmod(index, height * width)
         for name in ("x", "residual"):

@@ -7,13 +7,9 @@ namespace attnkern {
 
 enum class DType : int { float32, float64, bfloat16, float16 };
 
-constexpr int size_of(DType dtype) {
-  return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2;
-}
+constexpr int size_of(DType dtype) { return dtype == DType::float64 ? 8 : dtype == DType::float32 ? 4 : 2; }
 
 // Accumulation, and everything of size [B, C], is in float; in double for double tensors.
-constexpr DType accumulation(DType dtype) {
-  return dtype == DType::float64 ? DType::float64 : DType::float32;
-}
+constexpr DType accumulation(DType dtype) { return dtype == DType::float64 ? DType::float64 : DType::float32; }
 
 }  // namespace attnkern

@@ -1,4 +1,5 @@
-// The thread pool a CPU launcher runs on, handed in by the caller: torch's own pool in the extension, one thread in tests.
+// The thread pool a CPU launcher runs on, handed in by the caller: torch's own pool in the extension, one thread in
+// tests.
 #pragma once
 
 #include <cstdint>
@@ -13,9 +14,9 @@ struct ThreadPool {
 
   template <class F>
   void parallel_for(int64_t n, int64_t grain, const F& f) const {
-    run(n, grain, [](int64_t begin, int64_t end, void* context) {
-      (*static_cast<const F*>(context))(begin, end);
-    }, const_cast<F*>(&f));
+    run(
+        n, grain, [](int64_t begin, int64_t end, void* context) { (*static_cast<const F*>(context))(begin, end); },
+        const_cast<F*>(&f));
   }
 };
 

@@ -6,7 +6,8 @@
 
 namespace attnkern {
 
-// What a plan is asked with and answers with: names and whole numbers, or words. Sizes and device properties in, choices out.
+// What a plan is asked with and answers with: names and whole numbers, or words. Sizes and device properties in,
+// choices out.
 using PlanQuery = std::map<std::string, int64_t>;
 using PlanAnswer = std::map<std::string, std::string>;
 using PlanFunction = PlanAnswer (*)(const PlanQuery&);

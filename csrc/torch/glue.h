@@ -24,11 +24,16 @@ using ScalarType = torch::headeronly::ScalarType;
 
 inline DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
-    case ScalarType::Float: return DType::float32;
-    case ScalarType::Double: return DType::float64;
-    case ScalarType::BFloat16: return DType::bfloat16;
-    case ScalarType::Half: return DType::float16;
-    default: STD_TORCH_CHECK(false, "attnkern: a kernel was called with a dtype it does not serve");
+    case ScalarType::Float:
+      return DType::float32;
+    case ScalarType::Double:
+      return DType::float64;
+    case ScalarType::BFloat16:
+      return DType::bfloat16;
+    case ScalarType::Half:
+      return DType::float16;
+    default:
+      STD_TORCH_CHECK(false, "attnkern: a kernel was called with a dtype it does not serve");
   }
 }
 
@@ -40,17 +45,11 @@ inline const void* data_or_null(const MaybeTensor& tensor) {
   return tensor.has_value() ? tensor->const_data_ptr() : nullptr;
 }
 
-inline const void* data_or_null(const Tensor& tensor) {
-  return tensor.numel() ? tensor.const_data_ptr() : nullptr;
-}
+inline const void* data_or_null(const Tensor& tensor) { return tensor.numel() ? tensor.const_data_ptr() : nullptr; }
 
-inline void* mutable_or_null(Tensor& tensor) {
-  return tensor.numel() ? tensor.mutable_data_ptr() : nullptr;
-}
+inline void* mutable_or_null(Tensor& tensor) { return tensor.numel() ? tensor.mutable_data_ptr() : nullptr; }
 
-inline Tensor nothing(const Tensor& like) {
-  return torch::stable::new_empty(like, std::array<int64_t, 1>{0});
-}
+inline Tensor nothing(const Tensor& like) { return torch::stable::new_empty(like, std::array<int64_t, 1>{0}); }
 
 // An output of the shape, dtype and memory format of `like`, or an empty tensor where it is not wanted.
 inline Tensor output_like(const MaybeTensor& like, bool wanted, const Tensor& x) {
@@ -65,17 +64,13 @@ Enum parse(std::string_view name, const std::array<std::string_view, N>& names) 
   STD_TORCH_CHECK(false, "attnkern: unknown option '", std::string(name), "'");
 }
 
-inline void check(const Status& status, const char* op) {
-  STD_TORCH_CHECK(status.ok(), op, ": ", status.message);
-}
+inline void check(const Status& status, const char* op) { STD_TORCH_CHECK(status.ok(), op, ": ", status.message); }
 
 inline ThreadPool torch_threads() {
-  return {
-      static_cast<int>(torch::stable::get_num_threads()),
-      [](int64_t n, int64_t grain, ThreadPool::Body body, void* context) {
-        torch::stable::parallel_for(
-            0, n, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
-      }};
+  return {static_cast<int>(torch::stable::get_num_threads()),
+          [](int64_t n, int64_t grain, ThreadPool::Body body, void* context) {
+            torch::stable::parallel_for(0, n, grain, [=](int64_t begin, int64_t end) { body(begin, end, context); });
+          }};
 }
 
 inline void* current_stream(const Tensor& tensor) {
@@ -89,8 +84,7 @@ inline void* current_stream(const Tensor& tensor) {
 }
 
 inline Tensor bytes(const Tensor& like, size_t size) {
-  return torch::stable::new_empty(
-      like, std::array<int64_t, 1>{static_cast<int64_t>(size)}, ScalarType::Byte);
+  return torch::stable::new_empty(like, std::array<int64_t, 1>{static_cast<int64_t>(size)}, ScalarType::Byte);
 }
 
 }  // namespace attnkern::glue

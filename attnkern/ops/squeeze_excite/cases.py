@@ -27,7 +27,7 @@ def _act(x: Tensor, act: str, slope: float, weight: Tensor | None) -> Tensor:
 def _gate(z: Tensor, gate: str, slope: float, offset: float) -> Tensor:
     if gate == "hard_sigmoid":
         return (slope * z + offset).clamp(0, 1)
-    return z if gate == "identity" else {"sigmoid": torch.sigmoid, "relu": F.relu, "tanh": torch.tanh}[gate](z)
+    return z if gate == "identity" else getattr(torch, gate)(z)
 
 
 def eager(
@@ -154,8 +154,12 @@ CASES = [
     case("src", 2, 20, (5, 5), 5, src=True),
     case("src_shift", 2, 20, (5, 5), 5, src=True, apply="scale_shift"),
     case("residual_relu", 3, 37, (7, 7), 9, residual=True, out_act="relu"),
-    case("residual_relu_drop_path", 3, 32, (8, 8), 8, residual=True, drop_path=True, out_act="relu"),
-    case("residual_silu", 2, 37, (7, 5), 9, residual=True, drop_path=True, gain=2.0, out_act="silu"),
+    case(
+        "residual_relu_drop_path", 3, 32, (8, 8), 8, residual=True, drop_path=True, out_act="relu"
+    ),
+    case(
+        "residual_silu", 2, 37, (7, 5), 9, residual=True, drop_path=True, gain=2.0, out_act="silu"
+    ),
     case("lc0", 2, 48, (8, 8), 16, act="mish", apply="scale_shift", residual=True, out_act="relu"),
     case("prelu_shared", 2, 24, (5, 5), 6, prelu=1),
     case("prelu", 2, 24, (5, 5), 6, prelu=6),
@@ -172,6 +176,12 @@ def _excite_case(c: Case) -> Case:
     return Case(c.name, shapes, c.options, c.maps, c.weights, c.scale)
 
 
+_EXCITE: dict[str, dict[str, Any]] = {
+    "plain": {},
+    "sigmoid_residual_relu": {"gate": "sigmoid", "residual": True, "out_act": "relu"},
+    "shift_drop_path": {"apply": "scale_shift", "drop_path": True, "out_act": "gelu"},
+}
+
 SPECS = [
     OpSpec("squeeze_excite", squeeze_excite, eager, CASES),
     OpSpec(
@@ -180,11 +190,7 @@ SPECS = [
         _eager_excite,
         [
             _excite_case(case(name, 2, 21, (6, 5), None, layers=0, src=True, **options))
-            for name, options in {
-                "plain": {},
-                "sigmoid_residual_relu": {"gate": "sigmoid", "residual": True, "out_act": "relu"},
-                "shift_drop_path": {"apply": "scale_shift", "drop_path": True, "out_act": "gelu"},
-            }.items()
+            for name, options in _EXCITE.items()
         ],
     ),
     OpSpec(

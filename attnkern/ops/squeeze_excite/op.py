@@ -180,7 +180,7 @@ class _SqueezeExcite(torch.autograd.Function):
             )
             with _full_precision(x):
                 grads: tuple[Tensor | None, ...] = reference.backward(
-                    dy, dlogits, *inputs, options, bits
+                    *(dy, dlogits, *inputs, options, bits)
                 )
         else:
             dy = _layout.like(dy, x)
@@ -420,8 +420,13 @@ def _admit(
         return _check(op, impl, options, tensors)
     if verdict is None:
         impl, options = _check(op, impl, options, tensors)
-        numbers = ("act_slope", "gate_slope", "gate_offset", "gain")
-        verdict = (impl, options._replace(**{n: float(getattr(options, n)) for n in numbers}))
+        options = options._replace(
+            act_slope=float(options.act_slope),
+            gate_slope=float(options.gate_slope),
+            gate_offset=float(options.gate_offset),
+            gain=float(options.gain),
+        )
+        verdict = (impl, options)
         if len(_admitted) >= 1024:
             _admitted.clear()
         _admitted[key] = verdict

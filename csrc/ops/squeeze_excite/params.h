@@ -61,12 +61,12 @@ struct Inputs {
   const void* b2 = nullptr;          // [width] or null
   const void* act_weight = nullptr;  // prelu slopes [R], or [1] with act_weight_stride 0
   int64_t act_weight_stride = 0;
-  ConstMap residual;                 // null data: none
-  const void* drop_path = nullptr;   // [acc] [B] or null: 1
+  ConstMap residual;                // null data: none
+  const void* drop_path = nullptr;  // [acc] [B] or null: 1
 };
 
-// Rows of the bit mask are bytes [rows, ceil(columns / 8)], least significant bit first; rows and columns as the layout has
-// them (B*C rows of L bits, or B*L rows of C bits), always dense. A bit is out_act'(u) for relu and relu6.
+// Rows of the bit mask are bytes [rows, ceil(columns / 8)], least significant bit first; rows and columns as the layout
+// has them (B*C rows of L bits, or B*L rows of C bits), always dense. A bit is out_act'(u) for relu and relu6.
 struct ForwardParams : Inputs {
   Map y;
   void* mean = nullptr;     // [acc] [B, C]; null when src is given
@@ -102,9 +102,8 @@ size_t backward_workspace_cpu(const BackwardParams& params, const ThreadPool& po
 Status launch_forward_cpu(const ForwardParams& params, const ThreadPool& pool);
 Status launch_backward_cpu(const BackwardParams& params, const ThreadPool& pool);
 size_t squeeze_workspace_cpu(DType dtype, Layout layout, const Sizes& sizes, const ThreadPool& pool);
-Status launch_squeeze_cpu(
-    const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean, void* workspace,
-    const ThreadPool& pool);
+Status launch_squeeze_cpu(const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean,
+                          void* workspace, const ThreadPool& pool);
 
 // CUDA. `stream` is a cudaStream_t; the workspace is device memory, 256-byte aligned, contents undefined. B may be 0.
 size_t forward_workspace_cuda(const ForwardParams& params);
@@ -112,7 +111,7 @@ size_t backward_workspace_cuda(const BackwardParams& params);
 Status launch_forward_cuda(const ForwardParams& params, void* stream);
 Status launch_backward_cuda(const BackwardParams& params, void* stream);
 size_t squeeze_workspace_cuda(DType dtype, Layout layout, const Sizes& sizes);
-Status launch_squeeze_cuda(
-    const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean, void* workspace, void* stream);
+Status launch_squeeze_cuda(const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean,
+                           void* workspace, void* stream);
 
 }  // namespace attnkern::squeeze_excite

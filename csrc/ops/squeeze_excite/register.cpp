@@ -11,10 +11,9 @@ namespace {
 using glue::MaybeTensor;
 using glue::Tensor;
 
-constexpr std::array<std::string_view, 9> kActs{
-    "identity", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "mish", "prelu"};
-constexpr std::array<std::string_view, 5> kGates{
-    "identity", "sigmoid", "hard_sigmoid", "relu", "tanh"};
+constexpr std::array<std::string_view, 9> kActs{"identity",  "relu", "relu6", "leaky_relu", "silu",
+                                                "hardswish", "gelu", "mish",  "prelu"};
+constexpr std::array<std::string_view, 5> kGates{"identity", "sigmoid", "hard_sigmoid", "relu", "tanh"};
 constexpr std::array<std::string_view, 4> kApplies{"scale", "scale1p", "scale_shift", "shift"};
 
 int64_t positions(const Tensor& x) {
@@ -47,13 +46,9 @@ MapOf<Pointer> map_of(Pointer data, const Tensor& x, Layout layout) {
   return {data, x.stride(0), row};
 }
 
-ConstMap const_map(const Tensor& x, Layout layout) {
-  return map_of<const void*>(x.const_data_ptr(), x, layout);
-}
+ConstMap const_map(const Tensor& x, Layout layout) { return map_of<const void*>(x.const_data_ptr(), x, layout); }
 
-Map mutable_map(Tensor& x, Layout layout) {
-  return x.numel() ? map_of<void*>(x.mutable_data_ptr(), x, layout) : Map{};
-}
+Map mutable_map(Tensor& x, Layout layout) { return x.numel() ? map_of<void*>(x.mutable_data_ptr(), x, layout) : Map{}; }
 
 struct Call {
   const Tensor& x;
@@ -71,19 +66,17 @@ void fill(Inputs& p, const Call& c) {
   p.dtype = glue::dtype_of(c.x);
   p.weight_dtype = c.w1.has_value() ? glue::dtype_of(*c.w1) : accumulation(p.dtype);
   p.layout = layout_of(c.x);
-  p.options = {
-      glue::parse<Act>(c.act, kActs),
-      c.act_slope,
-      glue::parse<Gate>(c.gate, kGates),
-      c.gate_slope,
-      c.gate_offset,
-      glue::parse<Apply>(c.apply, kApplies),
-      c.gain,
-      glue::parse<Act>(c.out_act, kActs)};
+  p.options = {glue::parse<Act>(c.act, kActs),
+               c.act_slope,
+               glue::parse<Gate>(c.gate, kGates),
+               c.gate_slope,
+               c.gate_offset,
+               glue::parse<Apply>(c.apply, kApplies),
+               c.gain,
+               glue::parse<Act>(c.out_act, kActs)};
   const int64_t channels = c.x.size(1);
-  p.sizes = {
-      c.x.size(0), channels, positions(c.x), c.w2.has_value() ? c.w1->size(0) : 0,
-      p.options.apply == Apply::scale_shift ? 2 * channels : channels};
+  p.sizes = {c.x.size(0), channels, positions(c.x), c.w2.has_value() ? c.w1->size(0) : 0,
+             p.options.apply == Apply::scale_shift ? 2 * channels : channels};
   p.x = const_map(c.x, p.layout);
   p.src = glue::data_or_null(c.src);
   p.w1 = glue::data_or_null(c.w1);
@@ -93,22 +86,20 @@ void fill(Inputs& p, const Call& c) {
   p.act_weight = glue::data_or_null(c.act_weight);
   p.act_weight_stride = c.act_weight.has_value() && c.act_weight->numel() > 1 ? 1 : 0;
   if (c.residual.has_value()) {
-    STD_TORCH_CHECK(
-        layout_of(*c.residual) == p.layout, "squeeze_excite: residual must have the layout of x");
+    STD_TORCH_CHECK(layout_of(*c.residual) == p.layout, "squeeze_excite: residual must have the layout of x");
     p.residual = const_map(*c.residual, p.layout);
   }
   p.drop_path = glue::data_or_null(c.drop_path);
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
-    const Tensor& x, const MaybeTensor& src, const MaybeTensor& w1, const MaybeTensor& b1,
-    const MaybeTensor& w2, const MaybeTensor& b2, const MaybeTensor& act_weight,
-    const MaybeTensor& residual, const MaybeTensor& drop_path, const std::string& act,
-    double act_slope, const std::string& gate, double gate_slope, double gate_offset,
+    const Tensor& x, const MaybeTensor& src, const MaybeTensor& w1, const MaybeTensor& b1, const MaybeTensor& w2,
+    const MaybeTensor& b2, const MaybeTensor& act_weight, const MaybeTensor& residual, const MaybeTensor& drop_path,
+    const std::string& act, double act_slope, const std::string& gate, double gate_slope, double gate_offset,
     const std::string& apply, double gain, const std::string& out_act, bool save_mask) {
   ForwardParams p{};
-  fill(p, {x, src, w1, b1, w2, b2, act_weight, residual, drop_path, act, act_slope, gate,
-           gate_slope, gate_offset, apply, gain, out_act});
+  fill(p, {x, src, w1, b1, w2, b2, act_weight, residual, drop_path, act, act_slope, gate, gate_slope, gate_offset,
+           apply, gain, out_act});
   const auto acc = glue::accumulation_scalar(x);
   const auto small = [&](int64_t columns) {
     return torch::stable::new_empty(x, std::array<int64_t, 2>{p.sizes.batch, columns}, acc);
@@ -122,9 +113,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const bool last = p.layout == Layout::channels_last;
   const int64_t rows = p.sizes.batch * (last ? p.sizes.length : p.sizes.channels);
   const int64_t columns = last ? p.sizes.channels : p.sizes.length;
-  Tensor mask = save_mask
-      ? torch::stable::new_empty(x, std::array<int64_t, 2>{rows, (columns + 7) / 8}, byte)
-      : torch::stable::new_empty(x, std::array<int64_t, 1>{0}, byte);
+  Tensor mask = save_mask ? torch::stable::new_empty(x, std::array<int64_t, 2>{rows, (columns + 7) / 8}, byte)
+                          : torch::stable::new_empty(x, std::array<int64_t, 1>{0}, byte);
   p.y = mutable_map(y, p.layout);
   p.mean = glue::mutable_or_null(mean);
   p.hidden = glue::mutable_or_null(hidden);
@@ -148,18 +138,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& dy, const MaybeTensor& dlogits, const Tensor& x, const MaybeTensor& src,
-    const MaybeTensor& w1, const MaybeTensor& b1, const MaybeTensor& w2, const MaybeTensor& b2,
-    const MaybeTensor& act_weight, const MaybeTensor& residual, const MaybeTensor& drop_path,
-    const Tensor& mean, const Tensor& hidden, const Tensor& logits, const Tensor& mask,
-    const std::string& act, double act_slope, const std::string& gate, double gate_slope,
-    double gate_offset, const std::string& apply, double gain, const std::string& out_act,
+    const Tensor& dy, const MaybeTensor& dlogits, const Tensor& x, const MaybeTensor& src, const MaybeTensor& w1,
+    const MaybeTensor& b1, const MaybeTensor& w2, const MaybeTensor& b2, const MaybeTensor& act_weight,
+    const MaybeTensor& residual, const MaybeTensor& drop_path, const Tensor& mean, const Tensor& hidden,
+    const Tensor& logits, const Tensor& mask, const std::string& act, double act_slope, const std::string& gate,
+    double gate_slope, double gate_offset, const std::string& apply, double gain, const std::string& out_act,
     bool need_dx, bool need_dw, bool need_dresidual) {
   BackwardParams p{};
-  fill(p, {x, src, w1, b1, w2, b2, act_weight, residual, drop_path, act, act_slope, gate,
-           gate_slope, gate_offset, apply, gain, out_act});
-  STD_TORCH_CHECK(
-      layout_of(dy) == p.layout, "squeeze_excite: the gradient must have the layout of x");
+  fill(p, {x, src, w1, b1, w2, b2, act_weight, residual, drop_path, act, act_slope, gate, gate_slope, gate_offset,
+           apply, gain, out_act});
+  STD_TORCH_CHECK(layout_of(dy) == p.layout, "squeeze_excite: the gradient must have the layout of x");
   Tensor dx = glue::output_like(x, need_dx, x);
   Tensor dsrc = glue::output_like(src, true, x);
   Tensor dw1 = glue::output_like(w1, need_dw, x);
@@ -205,25 +193,22 @@ Tensor squeeze(const Tensor& x) {
   const Layout layout = layout_of(x);
   const Sizes sizes{x.size(0), x.size(1), positions(x), 0, x.size(1)};
   const DType dtype = glue::dtype_of(x);
-  Tensor mean = torch::stable::new_empty(
-      x, std::array<int64_t, 2>{sizes.batch, sizes.channels}, glue::accumulation_scalar(x));
+  Tensor mean =
+      torch::stable::new_empty(x, std::array<int64_t, 2>{sizes.batch, sizes.channels}, glue::accumulation_scalar(x));
   void* out = glue::mutable_or_null(mean);
   if (x.is_cuda()) {
 #ifdef ATTNKERN_WITH_CUDA
     const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
     Tensor workspace = glue::bytes(x, squeeze_workspace_cuda(dtype, layout, sizes));
-    glue::check(
-        launch_squeeze_cuda(
-            const_map(x, layout), dtype, layout, sizes, out, glue::mutable_or_null(workspace),
-            glue::current_stream(x)),
-        "squeeze");
+    glue::check(launch_squeeze_cuda(const_map(x, layout), dtype, layout, sizes, out, glue::mutable_or_null(workspace),
+                                    glue::current_stream(x)),
+                "squeeze");
 #endif
   } else {
     const ThreadPool pool = glue::torch_threads();
     Tensor workspace = glue::bytes(x, squeeze_workspace_cpu(dtype, layout, sizes, pool));
     glue::check(
-        launch_squeeze_cpu(
-            const_map(x, layout), dtype, layout, sizes, out, glue::mutable_or_null(workspace), pool),
+        launch_squeeze_cpu(const_map(x, layout), dtype, layout, sizes, out, glue::mutable_or_null(workspace), pool),
         "squeeze");
   }
   return mean;
