@@ -6,12 +6,14 @@ float32 alone, so no dtype is left out.
 
 from __future__ import annotations
 
+import functools
+
 import pytest
 import torch
 from conftest import CALLS, calls
 
 from attnkern import _layout, testing
-from attnkern._triton import linear
+from attnkern._triton import linear, tune
 from attnkern.functional import squeeze, squeeze_excite
 from attnkern.ops.squeeze_excite import op, reference, triton_plan
 from attnkern.ops.squeeze_excite import triton as launchers
@@ -58,6 +60,49 @@ def test_every_case_with_a_program_a_sample(call, kind, monkeypatch):
     dtype, weights, last = KINDS[kind]
     tensors = call.case.inputs(dtype, weight_dtype=weights, channels_last=last)
     testing.compare(call.spec, call.case, tensors, impl="triton")
+
+
+@pytest.mark.parametrize("fastest", [512, 1024, 2048, 4096])
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+def test_tuning_takes_the_fastest_and_moves_no_bit(channels_last, fastest, monkeypatch):
+    def timer(launch, blocks):
+        launch(blocks)
+        timed.append(blocks)
+        return abs(blocks["ROWS"] * blocks["COLS"] - fastest)
+
+    def grid(shape, blocks):
+        launched.append(blocks)
+        return exact_grid(shape, blocks)
+
+    timed, launched, exact_grid = [], [], triton_plan.grid
+    monkeypatch.setattr(triton_plan, "grid", grid)
+    monkeypatch.setattr(tune, "measure", timer)
+    monkeypatch.setattr(tune, "_chosen", {})
+    launch_by("tiles", monkeypatch)
+    c = case("", 2, 60, (4, 15), 9, residual=True, out_act="relu")
+    tensors = c.inputs(channels_last=channels_last)
+    run = functools.partial(testing.run, squeeze_excite, tensors, c.options, impl="triton")
+    plain = run()
+    heuristic = list(launched)
+    assert not timed
+
+    monkeypatch.setattr(tune, "enabled", True)
+    tuned = testing.compare(SPEC, c, tensors, impl="triton")
+    (chosen, others), seen = tune._chosen.values(), len(timed)
+    assert seen >= 6, "three candidates at least of both kernels"
+    for best in (chosen, others):
+        assert best in timed
+    del launched[:]
+    again = run()
+    assert launched == [chosen, others], "the choice is launched, in both directions"
+    assert len(timed) == seen, "and measured once"
+    assert [blocks["ROWS"] * blocks["COLS"] for blocks in launched] == [fastest, fastest]
+    assert (launched == heuristic) == (fastest == 2048)
+    for (name, want), (_, one), (_, two) in zip(
+        plain.items(), tuned.items(), again.items(), strict=True
+    ):
+        assert torch.equal(one, want), name
+        assert torch.equal(two, want), name
 
 
 @pytest.mark.parametrize("act", ["gelu", "prelu"])

@@ -3,7 +3,8 @@
 Forward: pool (reads x), the MLP, rescale (reads x and the residual, writes y).
 Backward: reduce (reads dy and x), the MLP's gradients, apply (reads dy, writes dx).
 Small samples beside small weights do all of it in one launch, a program a sample.
-Tiles are chosen from the shape.  Nothing is summed by atomics, so results repeat bit for bit.
+Tiles are chosen from the shape, or by measurement (see tune) where they change no bit.
+Nothing is summed by atomics, so results repeat bit for bit.
 """
 
 from __future__ import annotations
@@ -14,7 +15,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attnkern._triton import LAUNCH
+from attnkern._triton import LAUNCH, tune
 from attnkern._triton.linear import Layer, sum_rows
 from attnkern.ops.squeeze_excite import triton_plan as plan
 from attnkern.ops.squeeze_excite.reference import Options
@@ -25,6 +26,26 @@ from attnkern.ops.squeeze_excite.triton_backward import (
 )
 from attnkern.ops.squeeze_excite.triton_forward import pool_kernel, rescale_kernel
 from attnkern.ops.squeeze_excite.triton_sample import sample_bwd_kernel, sample_fwd_kernel
+
+
+def _elementwise(kernel: Any, shape: plan.Shape, elements: int, **arguments: Any) -> None:
+    """Launch a kernel that sums nothing over tiles of a map."""
+
+    def launch(blocks: plan.Arguments) -> None:
+        kernel[plan.grid(shape, blocks)](**arguments, **blocks)
+
+    candidates = plan.elementwise(shape, elements)
+    blocks = candidates[0]
+    if tune.enabled:
+        kinds = (
+            (value.dtype, value.device) if isinstance(value, Tensor) else value
+            for value in arguments.values()
+            if value is None or isinstance(value, (Tensor, str))
+        )
+        shape_class = shape._replace(batch=shape.batch.bit_length())
+        blocks = tune.choose((kernel.fn.__name__, shape_class, *kinds), candidates, launch)
+    launch(blocks)
+
 
 # ------------------------------------------------------------------ forward
 
@@ -150,14 +171,9 @@ def squeeze_excite_fwd(
             values.append(layer.forward(values[-1]))
         # an operator may not return its own input
         logits = values[-1] if len(values) > 1 else values[0].clone()
-        tile = plan.tile(shape, 4096)
         if shape.batch:
-            rescale_kernel[plan.grid(shape, tile)](
-                **rescale,
-                **_branch(shape, o, logits, drop_path, OUT_ACT=o.out_act),
-                **tile,
-                **LAUNCH,
-            )
+            branch = _branch(shape, o, logits, drop_path, OUT_ACT=o.out_act)
+            _elementwise(rescale_kernel, shape, 4096, **rescale, **branch)
     return y, mean, values[1] if w2 is not None else none, logits, mask
 
 
@@ -277,13 +293,13 @@ def squeeze_excite_bwd(
             if need_dresidual:  # v is written: read it instead of what it came from
                 v |= {**plan.strided("dy", dresidual, shape.channels_last), "mask": None}
                 v["OUT_ACT"] = "identity"
-            tile = plan.tile(shape, 4096 if v["OUT_ACT"] == "identity" else 2048)
-            apply_grad_kernel[plan.grid(shape, tile)](
+            _elementwise(
+                apply_grad_kernel,
+                shape,
+                4096 if v["OUT_ACT"] == "identity" else 2048,
                 **v,
                 **plan.strided("dx", dx, shape.channels_last),
                 dmean=grad if src is None else None,
-                **tile,
-                **LAUNCH,
             )
     return dx, dsrc, dw1, db1, dw2, db2, dact_weight, dresidual, ddrop_path
 

@@ -66,6 +66,17 @@ def tile(shape: Shape, elements: int) -> dict[str, int]:
     return {"ROWS": _cover(shape.rows, 1, elements // cols), "COLS": cols}
 
 
+@functools.lru_cache(1024)
+def elementwise(shape: Shape, elements: int) -> list[Arguments]:
+    """Tiles and options among which kernels that sum nothing may be tuned, the heuristic first.
+
+    No thread owns more elements than the heuristic gives it, so none needs more registers.
+    """
+    sizes = ((elements, 4), (elements // 2, 4), (elements // 4, 4), (2 * elements, 8))
+    found = [{**tile(shape, size), **LAUNCH, "num_warps": warps} for size, warps in sizes]
+    return [blocks for index, blocks in enumerate(found) if blocks not in found[:index]]
+
+
 def grid(shape: Shape, tile: dict[str, int]) -> tuple[int]:
     tiles = triton.cdiv(shape.rows, tile["ROWS"]) * triton.cdiv(shape.cols, tile["COLS"])
     return (shape.batch * tiles,)
