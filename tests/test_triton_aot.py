@@ -95,6 +95,16 @@ def test_what_tuning_may_choose_compiles_within_its_resources(launch):
     check_resources(launch, 90)
 
 
+@pytest.mark.parametrize(
+    ("kernel", "barriers"), [("sample_fwd_kernel", 3), ("sample_bwd_kernel", 4)]
+)
+def test_programs_that_pass_values_in_memory_wait_for_them(kernel, barriers):
+    """m, h, z forward; sums, dz, dh, dm backward.  The interpreter could not tell: it has no threads."""
+    (launch,) = [p.values[0] for p in LAUNCHES if p.id.startswith(f"squeeze_excite-{kernel}-lc0")]
+    ttir = aot.compile(launch, 90).asm["ttir"]
+    assert len(re.findall(r"\b(?:gpu|ttg)\.barrier\b", ttir)) == barriers
+
+
 def test_declarations_cover_every_kernel_that_launchers_use():
     from attnkern._triton import linear
     from attnkern.ops.squeeze_excite import triton as launchers
