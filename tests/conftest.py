@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+import torch._inductor.decomposition  # torch 2.11 cannot import it for the first time during an export
 
 from attnkern import _native, _select, testing
 
