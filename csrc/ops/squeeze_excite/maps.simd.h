@@ -263,7 +263,8 @@ void sum_grads(const BackwardParams& p, const Coefficients& u, int64_t b, Range 
 
 // ---- elementwise passes
 
-// step(i, access, streaming) over a row of n elements whose output begins at `out`
+// step(i, access, streaming) over a row of n elements whose output begins at `out`; streaming is a constant, so that
+// the loop over whole vectors has no branch
 template <class T, class F>
 ATTNKERN_INLINE void each_vector(const T* out, int64_t n, bool streaming, bool bitwise, const F& step) {
   constexpr int64_t lanes = kLanes<Accumulator<T>>, bytes = lanes * sizeof(T);
@@ -274,12 +275,15 @@ ATTNKERN_INLINE void each_vector(const T* out, int64_t n, bool streaming, bool b
     if (ahead && (bitwise || ahead % sizeof(T) || head >= n)) {
       streaming = false;
     } else if (ahead) {
-      step(0, Part{head}, false);
+      step(0, Part{head}, std::false_type{});
       i = head;
     }
   }
-  for (; i + lanes <= n; i += lanes) step(i, Whole{}, streaming);
-  if (i < n) step(i, Part{n - i}, false);
+  if (streaming)
+    for (; i + lanes <= n; i += lanes) step(i, Whole{}, std::true_type{});
+  else
+    for (; i + lanes <= n; i += lanes) step(i, Whole{}, std::false_type{});
+  if (i < n) step(i, Part{n - i}, std::false_type{});
 }
 
 template <class T, bool last>
@@ -287,13 +291,20 @@ void rescale_rows(const ForwardParams& p, const Coefficients& coefficients, int6
   using A = Accumulator<T>;
   const int64_t n = columns_of(p), rows = last ? p.sizes.length : p.sizes.channels;
   const Act act = p.options.out_act;
+  const bool plain = act == Act::identity && !p.residual.data;  // y = s x + t, the loop most calls spend their time in
   for (int64_t row = range.begin; row < range.end; ++row) {
     const T* x = row_of<T>(p.x, b, row);
     const T* residual = row_of<T>(p.residual, b, row);
     T* y = row_of<T>(p.y, b, row);
     uint8_t* bits = p.mask ? p.mask + (b * rows + row) * ((n + 7) / 8) : nullptr;
     const Coefficient<A, last> s(coefficients.s, b, row, p.sizes.channels), t(coefficients.t, b, row, p.sizes.channels);
-    each_vector(y, n, streaming, bits, [&](int64_t i, auto access, bool streaming) ATTNKERN_INLINE_LAMBDA {
+    if (plain) {
+      each_vector(y, n, streaming, false, [&](int64_t i, auto access, auto streaming) ATTNKERN_INLINE_LAMBDA {
+        access.write(y + i, access.read(x + i) * s.at(i, access) + t.at(i, access), streaming);
+      });
+      continue;
+    }
+    each_vector(y, n, streaming, bits, [&](int64_t i, auto access, auto streaming) ATTNKERN_INLINE_LAMBDA {
       Vec<A> u = access.read(x + i) * s.at(i, access) + t.at(i, access);
       if (residual) u += access.read(residual + i);
       if (bits) write_bits<A>(bits, i, n, to_bits<A>(activation_grad<A>(act, u, Vec<A>{}) != 0));
@@ -323,10 +334,16 @@ void grad_x_rows(const BackwardParams& p, const Coefficients& u, const Coefficie
       T* dx = row_of<T>(p.dx, b, row);
       T* dresidual = row_of<T>(p.dresidual, b, row);
       const Coefficient<A, last> s(c.s, b, row, p.sizes.channels), t(c.t, b, row, p.sizes.channels);
+      if (!dresidual) {
+        each_vector(dx, n, streaming, p.mask, [&](int64_t i, auto access, auto streaming) ATTNKERN_INLINE_LAMBDA {
+          access.write(dx + i, v.at(i, access) * s.at(i, access) + t.at(i, access), streaming);
+        });
+        continue;
+      }
       each_vector(dx ? dx : dresidual, n, streaming, p.mask,
-                  [&](int64_t i, auto access, bool streaming) ATTNKERN_INLINE_LAMBDA {
+                  [&](int64_t i, auto access, auto streaming) ATTNKERN_INLINE_LAMBDA {
                     const Vec<A> vi = v.at(i, access);
-                    if (dresidual) access.write(dresidual + i, vi, false);
+                    access.write(dresidual + i, vi, false);
                     if (dx) access.write(dx + i, vi * s.at(i, access) + t.at(i, access), streaming);
                   });
     }
