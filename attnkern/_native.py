@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import importlib
 from typing import Any
 
 import torch  # noqa: F401  (libtorch must be loaded before _C, which links against it)
@@ -11,7 +12,7 @@ reason = ""
 """Why the compiled extension is absent; empty when it is loaded."""
 
 try:
-    from attnkern import _C  # type: ignore[no-redef,attr-defined,unused-ignore]
+    _C = importlib.import_module("attnkern._C")
 except ImportError as error:
     reason = (
         f"the compiled extension attnkern._C is not available ({error}); "
