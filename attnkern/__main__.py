@@ -41,7 +41,7 @@ def _print_info(run: bool) -> int:
 
 
 def _print_aot(kernel: str) -> int:
-    header = ("kernel", "variant", "target", "registers", "shared", "spills")
+    header = ("kernel", "variant", "target", "registers", "shared", "stack")
     rows = []
     for title, collect in (("CUDA C++", _cuda_rows), ("Triton", _triton_rows)):
         found, absent = collect(kernel)
@@ -50,8 +50,11 @@ def _print_aot(kernel: str) -> int:
         else:
             _table(f"{title}: registers a thread, bytes a block, bytes a thread", header, found)
         rows += found
-    spilling = sum(row[-1] != "0" for row in rows)
-    print(f"{len(rows)} kernels, {spilling} of them with spills")
+    spilling = sum(int(row[-1]) > _cubin.CALL_FRAME for row in rows)
+    print(
+        f"{len(rows)} kernels, {spilling} of them with spills "
+        f"(more than the {_cubin.CALL_FRAME} bytes of a call's frame)"
+    )
     return int(spilling > 0)
 
 

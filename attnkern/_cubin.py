@@ -10,11 +10,14 @@ import shutil
 import subprocess
 from typing import NamedTuple
 
+CALL_FRAME = 16
+"""Bytes of stack that ptxas gives a kernel which calls functions, with 0 spills in its own report."""
+
 
 class Resources(NamedTuple):
     registers: int  # a thread
     shared: int  # bytes a block, without what a launch adds
-    spills: int  # bytes of stack a thread: spilled registers and local arrays
+    stack: int  # bytes a thread: spilled registers, local arrays, a call's frame
 
 
 def cuobjdump() -> str:

@@ -78,7 +78,7 @@ def narrow_offsets(ttir: str) -> list[str]:
 def check_resources(launch, capability):
     compiled = aot.compile(launch, capability)
     used = aot.resources(compiled)
-    assert used.spills == 0, f"sm_{capability}: {used}"
+    assert used.stack == 0, f"sm_{capability}: {used}"
     assert 0 < used.registers <= LAUNCH["maxnreg"], f"sm_{capability}: {used}"
     assert used.shared <= 48 * 1024, f"sm_{capability}: {used}"
     assert not narrow_offsets(compiled.asm["ttir"])
