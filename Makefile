@@ -17,7 +17,7 @@ check: setup ## ruff, clang-format, mypy, architecture rules
 	tools/check.sh
 aot: setup ## registers, shared memory and spills of every GPU kernel and target
 	$(PY) -m attnkern aot
-gpu:     ## on a machine with a GPU: build, test, sanitizers, bench; resumable (SHARD=build|test|sanitize|bench)
+gpu:     ## on a machine with a GPU: build, test, sanitizers, bench; resumable (SHARD=bench-1 for one shard)
 	@PYTHON="$(PYTHON)" tools/gpu.sh $(SHARD)
 format: setup ## rewrite Python and C++ in the house style
 	$(PY) -m ruff check --fix-only -q . && $(PY) -m ruff format -q . && .venv/bin/clang-format -i $$(git ls-files '*.h' '*.cpp' '*.cuh' '*.cu')

@@ -7,7 +7,7 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 limit=540
-benches=4
+benches=8  # 58 subjects, each with two torch.compile columns
 stop() { echo "attnkern: $*" >&2; exit 1; }
 
 gpu=$("$python" - <<'P'
