@@ -17,9 +17,9 @@ from collections.abc import Iterator
 import torch
 from torch.autograd import forward_ad
 
-from attnkern import _native
+from attnkern import _library, _native
 
-IMPLS = ("auto", "native", "triton", "reference")
+IMPLS = ("auto", *_library.IMPLS, "reference")
 ORDER = {"cuda": ("native", "triton", "reference"), "cpu": ("native", "reference")}
 
 _override: str | None = None

@@ -20,8 +20,7 @@ from torch import nn
 
 from attnkern import _checks, integrations
 from attnkern._select import IMPLS, select
-from attnkern.integrations import Rule
-from attnkern.integrations._squeeze_excite import is_rerouted
+from attnkern.integrations import Rule, is_rerouted
 
 _HEADER = ("name", "class", "op", "implementation", "reason")
 

@@ -19,8 +19,7 @@ import attnkern
 ROOT = Path(__file__).resolve().parents[1]
 FIVE = ("Computes", "Layout", "Mapping", "Traffic", "Numerics")
 LONG = {
-    "attnkern/ops/squeeze_excite/op.py": "three operators' schemas, checks and docstrings read together",
-    "attnkern/ops/squeeze_excite/reference.py": "every formula on one page",
+    "attnkern/ops/squeeze_excite/op.py": "half of it is the schemas and docstrings of three functions",
 }
 """Files over 400 lines, each with its reason."""
 
@@ -167,7 +166,7 @@ def test_every_kernel_file_states_the_five():
 def test_long_files_have_a_reason():
     for path in [*PACKAGE, *(p for p in CPP if p.is_relative_to(ROOT / "csrc"))]:
         lines = len(path.read_text().splitlines())
-        if lines > 440:
+        if lines > 400:
             assert _name(path) in LONG, f"{_name(path)} has {lines} lines: split it, or say why not"
     for name, reason in LONG.items():
         assert (ROOT / name).is_file(), name
@@ -197,11 +196,14 @@ def test_no_binaries_or_weights_are_tracked():
 
 
 def test_user_errors_are_not_asserts_and_nothing_prints():
-    """Public layers raise; asserts stay in the reference's own invariants and the test kit."""
+    """Public layers raise; an assert there only tells the type checker that a value is not None."""
     for path in PACKAGE:
         if path.name in ("reference.py", "testing.py", "__main__.py", "cases.py"):
             continue
         for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Assert):
+                narrows = ast.unparse(node.test).endswith(" is not None") and node.msg is None
+                assert narrows, f"{_name(path)}:{node.lineno}"
             if isinstance(node, ast.Call) and isinstance(node.func, ast.Name):
                 assert node.func.id not in ("print", "exit", "quit"), f"{_name(path)}:{node.lineno}"
 
@@ -249,7 +251,13 @@ def test_one_test_file_a_property():
 
 
 def test_every_overload_has_one_schema():
-    for name in ("squeeze_excite_fwd", "squeeze_excite_bwd", "squeeze_fwd"):
+    names = {
+        name.split("::")[1]
+        for name in torch._C._dispatch_get_all_op_names()
+        if name.startswith("attnkern::")
+    }
+    assert len(names) >= 3
+    for name in {name.split(".")[0] for name in names}:
         packet = getattr(torch.ops.attnkern, name)
         schemas = {str(getattr(packet, o)._schema).split("(", 1)[1] for o in packet.overloads()}
         assert set(packet.overloads()) == {"native", "triton"}

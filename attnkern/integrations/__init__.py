@@ -5,6 +5,7 @@ Rules name classes by their qualified names, so no library is imported before a 
 
 from __future__ import annotations
 
+import functools
 import importlib
 import pkgutil
 from collections.abc import Callable
@@ -53,6 +54,13 @@ class Rule:
                 return f"this version of {self.cls} has another {method}"
         arguments = self.read(module)
         return arguments if isinstance(arguments, str) else None
+
+
+def is_rerouted(module: nn.Module) -> bool:
+    """Whether ``forward`` of this instance is one of ours (by `attnkern.optimize`)."""
+    forward = module.__dict__.get("forward")
+    function = forward.func if isinstance(forward, functools.partial) else None
+    return function is not None and function.__module__.startswith(f"{__name__}.")
 
 
 def _load() -> dict[str, Rule]:

@@ -7,7 +7,6 @@ honoured, by running the module's own forward where the children's computation c
 
 from __future__ import annotations
 
-import functools
 import warnings
 from typing import Any, NamedTuple
 
@@ -16,6 +15,7 @@ import torch.nn.modules.module as _module
 from torch import Tensor, nn
 
 from attnkern import _activations
+from attnkern.integrations import is_rerouted
 from attnkern.ops.squeeze_excite.op import squeeze_excite
 from attnkern.ops.squeeze_excite.reference import ACTS, GATES
 
@@ -45,13 +45,6 @@ def altered(module: nn.Module) -> str | None:
     if "forward" in module.__dict__ and not is_rerouted(module):
         return "has a replaced forward"
     return None
-
-
-def is_rerouted(module: nn.Module) -> bool:
-    """Whether ``forward`` of this instance is one of ours (by `attnkern.optimize`)."""
-    forward = module.__dict__.get("forward")
-    function = forward.func if isinstance(forward, functools.partial) else None
-    return function is not None and function.__module__.startswith("attnkern.integrations.")
 
 
 def read(fc1: Any, act: Any, fc2: Any, gate: Any) -> Arguments | str:

@@ -9,19 +9,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkern import _checks, _layout, _library, _select
+from attnkern import _layout, _library, _select
 from attnkern.ops.squeeze_excite import reference
-from attnkern.ops.squeeze_excite.reference import (
-    ACTS,
-    APPLIES,
-    GATES,
-    MASKED_OUT_ACTS,
-    OUT_ACTS,
-    Options,
-    accumulation_dtype,
-)
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from attnkern.ops.squeeze_excite.checks import check_call, check_map, logits_width
+from attnkern.ops.squeeze_excite.reference import MASKED_OUT_ACTS, Options, accumulation_dtype
 
 _OPTIONS = (
     "str act, float act_slope, str gate, float gate_slope, float gate_offset, "
@@ -38,10 +29,6 @@ def _mask_shape(x: Tensor) -> tuple[int, int]:
     return batch * channels, (length + 7) // 8
 
 
-def _logits_width(channels: int, apply: str) -> int:
-    return 2 * channels if apply == "scale_shift" else channels
-
-
 def _fwd_fake(
     x: Tensor,
     src: Tensor | None,
@@ -52,21 +39,14 @@ def _fwd_fake(
     act_weight: Tensor | None,
     residual: Tensor | None,
     drop_path: Tensor | None,
-    act: str,
-    act_slope: float,
-    gate: str,
-    gate_slope: float,
-    gate_offset: float,
-    apply: str,
-    gain: float,
-    out_act: str,
-    save_mask: bool,
+    *arguments: Any,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor]:
+    *options, save_mask = arguments
     batch, channels = x.shape[0], x.shape[1]
     small = x.new_empty(0, dtype=accumulation_dtype(x.dtype))
     mean = small.new_empty(batch, channels) if src is None else small.new_empty(0)
     hidden = small.new_empty(batch, w1.shape[0]) if w1 is not None and w2 is not None else small
-    logits = small.new_empty(batch, _logits_width(channels, apply))
+    logits = small.new_empty(batch, logits_width(channels, Options(*options).apply))
     mask = x.new_empty(_mask_shape(x) if save_mask else 0, dtype=torch.uint8)
     return torch.empty_like(x), mean, hidden, logits, mask
 
@@ -87,18 +67,10 @@ def _bwd_fake(
     hidden: Tensor,
     logits: Tensor,
     mask: Tensor,
-    act: str,
-    act_slope: float,
-    gate: str,
-    gate_slope: float,
-    gate_offset: float,
-    apply: str,
-    gain: float,
-    out_act: str,
-    need_dx: bool,
-    need_dw: bool,
-    need_dresidual: bool,
+    *arguments: Any,
 ) -> tuple[Tensor, ...]:
+    *_, need_dx, need_dw, need_dresidual = arguments
+
     def like(t: Tensor | None, needed: bool) -> Tensor:
         return torch.empty_like(t) if t is not None and needed else x.new_empty(0)
 
@@ -288,7 +260,7 @@ def squeeze_excite(
         gate_offset,
         apply,
         gain,
-        "identity" if out_act is None else out_act,
+        out_act,
     )
     tensors = (x, src, w1, b1, w2, b2, act_weight, residual, drop_path)
     y, logits = _run("squeeze_excite", impl, options, tensors)
@@ -332,7 +304,7 @@ def excite(
         gate_offset,
         apply,
         gain,
-        "identity" if out_act is None else out_act,
+        out_act,
     )
     return _run("excite", impl, options, (x, logits, *(None,) * 5, residual, drop_path))[0]
 
@@ -345,7 +317,7 @@ def squeeze(x: Tensor, *, impl: str = "auto") -> Tensor:
     >>> squeeze(torch.ones(2, 8, 5, 5)).shape
     torch.Size([2, 8])
     """
-    _check_map("squeeze", x)
+    check_map("squeeze", x)
     impl = _select.select("squeeze", impl, x.device, x.dtype)
     if impl == "reference":
         return reference.squeeze(x)
@@ -434,131 +406,6 @@ def _admit(
 
 
 def _check(op: str, impl: str, options: Options, tensors: tuple[Any, ...]) -> tuple[str, Options]:
-    x, src, w1, b1, w2, b2, act_weight, residual, drop_path = tensors
-    _check_map(op, x)
-    _check_options(op, options)
-    _check_mlp(op, x, src, w1, b1, w2, b2, act_weight, options)
-    _check_epilogue(op, x, residual, drop_path)
+    check_call(op, options, tensors)
+    x = tensors[0]
     return _select.select(op, impl, x.device, x.dtype), options
-
-
-def _check_map(op: str, x: Any) -> None:
-    _checks.tensor(op, "x", x)
-    _checks.strided(op, "x", x)
-    _checks.dtype(op, "x", x, DTYPES)
-    if not 3 <= x.dim() <= 5:
-        _checks.fail(op, "x", "have shape [B, C, *spatial] with 1 to 3 spatial dims", list(x.shape))
-    for axis, size in enumerate(x.shape[1:], 1):
-        if size == 0:
-            _checks.fail(op, "x", f"have at least one element along dim {axis}", list(x.shape))
-
-
-def _check_options(op: str, o: Options) -> None:
-    _checks.choice(op, "act", o.act, ACTS)
-    _checks.choice(op, "gate", o.gate, GATES)
-    _checks.choice(op, "apply", o.apply, APPLIES)
-    _checks.choice(op, "out_act", o.out_act, OUT_ACTS)
-    _checks.number(op, "act_slope", o.act_slope, minimum=0)
-    _checks.number(op, "gate_slope", o.gate_slope, minimum=0)
-    _checks.number(op, "gate_offset", o.gate_offset)
-    _checks.number(op, "gain", o.gain)
-
-
-def _check_mlp(
-    op: str,
-    x: Tensor,
-    src: Any,
-    w1: Any,
-    b1: Any,
-    w2: Any,
-    b2: Any,
-    act_weight: Any,
-    o: Options,
-) -> None:
-    src_name = "logits" if op == "excite" else "src"
-    channels = x.shape[1]
-    width = _logits_width(channels, o.apply)
-    if w1 is None:
-        for name, value in (("b1", b1), ("w2", w2), ("b2", b2)):
-            if value is not None:
-                _checks.fail(op, name, "be None when w1 is None", "a tensor")
-    if w2 is None and b2 is not None:
-        _checks.fail(op, "b2", "be None when w2 is None", "a tensor")
-    if o.act == "prelu" and w2 is None:
-        _checks.fail(op, "w2", 'be given when act="prelu", which acts on the hidden layer', None)
-    if (o.act == "prelu") != (act_weight is not None):
-        _checks.fail(
-            op,
-            "act_weight",
-            'be given exactly when act="prelu"',
-            f"act={o.act!r} and {type(act_weight).__name__}",
-        )
-    if src is not None:
-        _check_small(op, src_name, src, x, (x.dtype, torch.float32))
-        inputs = width if w1 is None else channels
-        if src.shape[:2] != (x.shape[0], inputs) or src.numel() != x.shape[0] * inputs:
-            _checks.fail(op, src_name, f"have shape [B={x.shape[0]}, {inputs}]", list(src.shape))
-    elif w1 is None:
-        _checks.fail(op, src_name, "be given when w1 is None", None)
-    if w1 is None:
-        return
-    weights = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "act_weight": act_weight}
-    for name, value in weights.items():
-        if value is not None:
-            _check_small(op, name, value, x, (x.dtype, torch.float32))
-            if value.dtype != w1.dtype:
-                _checks.fail(op, name, f"have the dtype of w1 ({w1.dtype})", value.dtype)
-    hidden = width if w2 is None else w1.shape[0] if w1.dim() else 0
-    rows = {"w1": (hidden, channels), "w2": (width, hidden)}
-    wide = "2C" if o.apply == "scale_shift" else "C"
-    symbols = {"w1": (wide if w2 is None else "R", "C"), "w2": (wide, "R")}
-    for name, (out, inner) in rows.items():
-        value = weights[name]
-        if value is None:
-            continue
-        if (
-            value.dim() < 2
-            or tuple(value.shape[:2]) != (out, inner)
-            or math.prod(value.shape[2:]) != 1
-            or 0 in value.shape
-        ):
-            free = name == "w1" and w2 is not None
-            left = "R" if free else f"{symbols[name][0]}={out}"
-            _checks.fail(
-                op,
-                name,
-                f"have shape [{left}, {symbols[name][1]}={inner}] (and trailing ones)",
-                list(value.shape),
-            )
-    for name, size in (("b1", hidden), ("b2", width)):
-        value = weights[name]
-        if value is not None and tuple(value.shape) != (size,):
-            _checks.fail(op, name, f"have shape [{size}]", list(value.shape))
-    if act_weight is not None and tuple(act_weight.shape) not in ((1,), (hidden,)):
-        _checks.fail(op, "act_weight", f"have shape [1] or [R={hidden}]", list(act_weight.shape))
-
-
-def _check_small(
-    op: str, name: str, value: Any, x: Tensor, dtypes: tuple[torch.dtype, ...]
-) -> None:
-    _checks.tensor(op, name, value)
-    _checks.strided(op, name, value)
-    _checks.dtype(op, name, value, dtypes)
-    _checks.device(op, name, value, x)
-
-
-def _check_epilogue(op: str, x: Tensor, residual: Any, drop_path: Any) -> None:
-    if residual is not None:
-        _check_small(op, "residual", residual, x, (x.dtype,))
-        if residual.shape != x.shape:
-            _checks.fail(
-                op, "residual", f"have the shape of x {list(x.shape)}", list(residual.shape)
-            )
-    if drop_path is not None:
-        _check_small(op, "drop_path", drop_path, x, (x.dtype, torch.float32))
-        if (
-            drop_path.dim() == 0
-            or drop_path.shape[0] != x.shape[0]
-            or drop_path.numel() != x.shape[0]
-        ):
-            _checks.fail(op, "drop_path", f"have shape [B={x.shape[0]}]", list(drop_path.shape))
