@@ -105,6 +105,10 @@ def poison() -> Any:
     filled = torch.utils.deterministic.fill_uninitialized_memory
     torch.use_deterministic_algorithms(True, warn_only=True)
     torch.utils.deterministic.fill_uninitialized_memory = True
+    if _native.available:  # its CPU kernels allocate past torch's filling
+        _native._C.poison_fresh_memory(True)
     yield
+    if _native.available:
+        _native._C.poison_fresh_memory(False)
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = filled

@@ -12,7 +12,7 @@ import pytest
 import torch
 from conftest import CALLS, calls
 
-from attnkern import testing
+from attnkern import _native, testing
 from attnkern.functional import squeeze_excite
 
 NAN, INF = float("nan"), float("inf")
@@ -201,6 +201,8 @@ def test_fresh_memory_is_poisoned(target):
         assert x.new_empty(4).isnan().all()
         assert torch.empty_strided((2, 3), (1, 2), dtype=dtype, device=target.device).isnan().all()
     assert (torch.empty(9, dtype=torch.uint8, device=target.device) == 255).all()
+    if target.impl == "native":
+        assert _native._C.poison_fresh_memory(True), "the fixture had not turned it on"
 
 
 def test_an_unwritten_element_of_an_operator_is_seen():

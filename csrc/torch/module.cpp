@@ -3,6 +3,7 @@
 #include <pybind11/stl.h>
 
 #include "core/plan_registry.h"
+#include "core/poison.h"
 #include "cpu/isa.h"
 
 namespace py = pybind11;
@@ -35,6 +36,9 @@ PYBIND11_MODULE(_C, m) {
         return names;
       },
       "The instruction sets this processor supports, best first.");
+  m.def(
+      "poison_fresh_memory", [](bool poison) { return attnkern::poison_fresh_memory.exchange(poison); },
+      py::arg("poison"), "Fill what the CPU kernels allocate with NaN, for tests; returns whether it was so before.");
   m.def(
       "plan",
       [](const std::string& name, const attnkern::PlanQuery& query) {

@@ -102,19 +102,19 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
            apply, gain, out_act});
   const auto acc = glue::accumulation_scalar(x);
   const auto small = [&](int64_t columns) {
-    return torch::stable::new_empty(x, std::array<int64_t, 2>{p.sizes.batch, columns}, acc);
+    return glue::empty(x, std::array<int64_t, 2>{p.sizes.batch, columns}, acc);
   };
-  const auto none = [&] { return torch::stable::new_empty(x, std::array<int64_t, 1>{0}, acc); };
+  const auto none = [&] { return glue::empty(x, std::array<int64_t, 1>{0}, acc); };
   const auto byte = torch::headeronly::ScalarType::Byte;
-  Tensor y = torch::stable::empty_like(x);
+  Tensor y = glue::empty_like(x);
   Tensor mean = src.has_value() ? none() : small(p.sizes.channels);
   Tensor hidden = p.sizes.hidden ? small(p.sizes.hidden) : none();
   Tensor logits = small(p.sizes.width);
   const bool last = p.layout == Layout::channels_last;
   const int64_t rows = p.sizes.batch * (last ? p.sizes.length : p.sizes.channels);
   const int64_t columns = last ? p.sizes.channels : p.sizes.length;
-  Tensor mask = save_mask ? torch::stable::new_empty(x, std::array<int64_t, 2>{rows, (columns + 7) / 8}, byte)
-                          : torch::stable::new_empty(x, std::array<int64_t, 1>{0}, byte);
+  Tensor mask = save_mask ? glue::empty(x, std::array<int64_t, 2>{rows, (columns + 7) / 8}, byte)
+                          : glue::empty(x, std::array<int64_t, 1>{0}, byte);
   p.y = mutable_map(y, p.layout);
   p.mean = glue::mutable_or_null(mean);
   p.hidden = glue::mutable_or_null(hidden);
@@ -194,7 +194,7 @@ Tensor squeeze(const Tensor& x) {
   const Sizes sizes{x.size(0), x.size(1), positions(x), 0, x.size(1)};
   const DType dtype = glue::dtype_of(x);
   Tensor mean =
-      torch::stable::new_empty(x, std::array<int64_t, 2>{sizes.batch, sizes.channels}, glue::accumulation_scalar(x));
+      glue::empty(x, std::array<int64_t, 2>{sizes.batch, sizes.channels}, glue::accumulation_scalar(x));
   void* out = glue::mutable_or_null(mean);
   if (x.is_cuda()) {
 #ifdef ATTNKERN_WITH_CUDA
