@@ -83,7 +83,7 @@ def probe() -> list[tuple[str, ...]]:
             for dtype in DTYPES:
                 tensors = case.inputs(dtype, device)
                 for impl in IMPLS:
-                    if _select.refuse(impl, device, dtype) is not None:
+                    if _select.refuse(impl, device, dtype, spec.operator) is not None:
                         continue
                     try:
                         testing.compare(spec, case, tensors, impl=impl)

@@ -65,10 +65,19 @@ def transforming() -> bool:
     return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
 
 
-def refuse(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
-    """Why ``impl`` cannot serve ``dtype`` tensors on ``device``; None when it can."""
+def refuse(
+    impl: str, device: torch.device, dtype: torch.dtype, operator: str | None = None
+) -> str | None:
+    """Why ``impl`` cannot serve ``dtype`` tensors on ``device`` (with ``operator``); None when it can."""
     if impl == "reference":
         return None
+    reason = _refuse_any(impl, device, dtype)
+    if reason is None and operator and not _library.has_kernel(operator, impl, device.type):
+        return f"it has no kernel of this operator for device {device.type}"
+    return reason
+
+
+def _refuse_any(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     if not torch.compiler.is_compiling() and transforming():
         return (
             "torch.func transforms and forward-mode differentiation pass through PyTorch code only"
@@ -94,17 +103,19 @@ def refuse(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
     return "its kernels have no float64" if dtype == torch.float64 else None
 
 
-def select(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
-    """The implementation that runs ``op``; raises ValueError when ``impl`` cannot serve it."""
+def select(
+    op: str, impl: str, device: torch.device, dtype: torch.dtype, operator: str | None = None
+) -> str:
+    """The implementation that runs ``op`` (by ``operator``); ValueError when ``impl`` cannot serve it."""
     impl = requested(impl)
     if impl != "auto":
-        reason = refuse(impl, device, dtype) if impl in IMPLS else "unknown"
+        reason = refuse(impl, device, dtype, operator) if impl in IMPLS else "unknown"
         if reason is None:
             return impl
         if reason == "unknown":
             raise ValueError(f"{op}: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
         others = "; ".join(
-            f"{other}: {refuse(other, device, dtype) or 'can serve it'}"
+            f"{other}: {refuse(other, device, dtype, operator) or 'can serve it'}"
             for other in IMPLS[1:]
             if other != impl
         )
@@ -112,20 +123,20 @@ def select(op: str, impl: str, device: torch.device, dtype: torch.dtype) -> str:
             f"{op}: impl={impl!r} cannot serve {dtype} on {device.type}: {reason}. Others: {others}"
         )
     for impl in ORDER.get(device.type, ("reference",)):
-        if refuse(impl, device, dtype) is None:
+        if refuse(impl, device, dtype, operator) is None:
             break
     if impl == "reference" and device.type != "meta" and not torch.compiler.is_compiling():
-        _say_once(op, device, dtype)
+        _say_once(op, device, dtype, operator)
     return impl
 
 
-def _say_once(op: str, device: torch.device, dtype: torch.dtype) -> None:
+def _say_once(op: str, device: torch.device, dtype: torch.dtype, operator: str | None) -> None:
     key = (op, device.type, dtype)
     if key in _warned:
         return
     _warned.add(key)
     reasons = "; ".join(
-        f"{impl}: {refuse(impl, device, dtype)}"
+        f"{impl}: {refuse(impl, device, dtype, operator)}"
         for impl in ORDER.get(device.type, ("native", "triton"))
         if impl != "reference"
     )

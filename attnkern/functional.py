@@ -1,5 +1,23 @@
 """The operators as functions."""
 
+from attnkern.ops.softmax_pool import (
+    additive_attention_pool,
+    context_attention_pool,
+    gated_attention_pool,
+    merge_pools,
+    query_attention_pool,
+    softmax_pool,
+)
 from attnkern.ops.squeeze_excite import excite, squeeze, squeeze_excite
 
-__all__ = ["excite", "squeeze", "squeeze_excite"]
+__all__ = [
+    "additive_attention_pool",
+    "context_attention_pool",
+    "excite",
+    "gated_attention_pool",
+    "merge_pools",
+    "query_attention_pool",
+    "softmax_pool",
+    "squeeze",
+    "squeeze_excite",
+]

@@ -22,9 +22,9 @@ Tensors = dict[str, Tensor]
 class Case:
     """One call: the shape of every tensor argument, and the options.
 
-    ``maps`` are the arguments that are feature maps [B, C, *spatial] (layouts apply to them),
-    ``weights`` those that may stay float32 beside a low-precision x; ``scale`` multiplies
-    standard-normal values.
+    ``maps`` are the large arguments, [B, C, *spatial] or [B, N, D] (layouts apply to them), ``weights``
+    those that may stay float32 beside low-precision maps, ``per_sample`` those with a batch axis;
+    ``scale`` multiplies standard-normal values.
     """
 
     name: str
@@ -33,6 +33,7 @@ class Case:
     maps: tuple[str, ...] = ("x",)
     weights: tuple[str, ...] = ()
     scale: Mapping[str, float] = field(default_factory=dict)
+    per_sample: tuple[str, ...] = ()
 
     def inputs(
         self,
@@ -65,12 +66,14 @@ class OpSpec:
     ``function(**tensors, **options, impl=...)`` and ``eager(**tensors, **options)`` return a Tensor or a
     tuple of them.  ``eager`` composes stock torch calls in the tensors' own dtype and shares no code
     with any implementation: in float64 it is the oracle, in the tested dtype the yardstick.
+    ``operator`` is what an implementation must have a kernel of.
     """
 
     name: str
     function: Callable[..., Any]
     eager: Callable[..., Any]
     cases: Sequence[Case]
+    operator: str
 
 
 def specs() -> list[OpSpec]:

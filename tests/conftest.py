@@ -1,12 +1,14 @@
 """What every property test shares: the targets (implementation x device) this process can run, and poison.
 
-A test that takes ``target`` runs once per target, one that takes ``case`` once per case of every
-operator, one that takes ``dtype`` once per dtype the target serves.  ``--impl triton`` narrows the
-targets, as does a process of its own with ``TRITON_INTERPRET=1`` (Triton on the CPU).
+A test that takes ``target`` runs once per target, one that takes ``call`` once per case of every
+operator that the target has a kernel for, one that takes ``dtype`` once per dtype it serves.
+``--impl triton`` narrows the targets, as does a process of its own with ``TRITON_INTERPRET=1``
+(Triton on the CPU).
 """
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 from typing import Any
 
@@ -24,8 +26,10 @@ class Target:
     impl: str
     device: str
 
-    def serves(self, dtype: torch.dtype) -> bool:
-        return _select.refuse(self.impl, torch.device(self.device), dtype) is None
+    def serves(self, dtype: torch.dtype | None = None, call: Call | None = None) -> bool:
+        operator = call.spec.operator if call else None
+        device = torch.device(self.device)
+        return _select.refuse(self.impl, device, dtype or torch.float32, operator) is None
 
     def __str__(self) -> str:
         return f"{self.impl}-{self.device}"
@@ -79,20 +83,22 @@ def pytest_report_header(config: pytest.Config) -> str:
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     names = metafunc.fixturenames
     wanted = [name for name in metafunc.config.getoption("--impl").split(",") if name]
-    targets = [t for t in TARGETS if not wanted or t.impl in wanted]
-    if "target" in names and "dtype" in names:
-        pairs = [(t, d) for t in targets for d in DTYPES if t.serves(d)]
-        metafunc.parametrize(
-            ("target", "dtype"),
-            pairs,
-            ids=[f"{t}-{str(d).removeprefix('torch.')}" for t, d in pairs],
-        )
-    elif "target" in names:
-        metafunc.parametrize("target", targets, ids=str)
-    if "call" in names and not any(
-        m.args[0] == "call" for m in metafunc.definition.iter_markers("parametrize")
-    ):
-        metafunc.parametrize("call", CALLS, ids=str)
+    explicit = {m.args[0] for m in metafunc.definition.iter_markers("parametrize")}
+    choices = {
+        "target": [t for t in TARGETS if not wanted or t.impl in wanted],
+        "dtype": DTYPES if "target" in names else (),
+        "call": CALLS,
+    }
+    chosen = [n for n in choices if n in names and n not in explicit and choices[n]]
+    if not chosen:
+        return
+    rows = []
+    for row in itertools.product(*(choices[n] for n in chosen)):
+        named = dict(zip(chosen, row, strict=True))
+        if "target" not in named or named["target"].serves(named.get("dtype"), named.get("call")):
+            rows.append(row)
+    ids = ["-".join(str(v).removeprefix("torch.") for v in row) for row in rows]
+    metafunc.parametrize(chosen, rows, ids=ids)
 
 
 @pytest.fixture(autouse=True)

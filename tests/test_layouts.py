@@ -180,9 +180,10 @@ def test_weights_of_any_strides(call, target):
 
 
 def test_batch_zero_equals_eager(call, target, dtype):
+    if not call.case.per_sample:
+        pytest.skip("bags have no batch axis")
     tensors = {
-        k: t[:0] if k in (*call.case.maps, "src", "logits", "drop_path") else t
-        for k, t in call.inputs(target, dtype).items()
+        k: t[:0] if k in call.case.per_sample else t for k, t in call.inputs(target, dtype).items()
     }
     got = testing.compare(call.spec, call.case, tensors, impl=target.impl)
     for name, grad in got.grads.items():

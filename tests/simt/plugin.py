@@ -37,9 +37,11 @@ def pytest_configure() -> None:
     op.squeeze_excite_bwd["native"] = scheduled(emulated.backward)
     op.squeeze_fwd["native"] = scheduled(emulated.squeeze)
 
-    def refuse(impl: str, device: torch.device, dtype: torch.dtype) -> str | None:
+    def refuse(
+        impl: str, device: torch.device, dtype: torch.dtype, operator: str | None = None
+    ) -> str | None:
         if impl != "native":
-            return refuses(impl, device, dtype)
+            return refuses(impl, device, dtype, operator)
         return "its CUDA kernels have no float64" if dtype == torch.float64 else None
 
     refuses, _select.refuse = _select.refuse, refuse

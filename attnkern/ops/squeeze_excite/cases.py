@@ -134,7 +134,8 @@ def case(
     if drop_path:
         shapes["drop_path"] = (batch,)
     scale = {"w1": 2 * channels**-0.5, "w2": 2 * (hidden or 1) ** -0.5}
-    return Case(name, shapes, options, ("x", "residual"), WEIGHTS, scale)
+    per_sample = tuple(k for k in ("x", "src", "residual", "drop_path") if k in shapes)
+    return Case(name, shapes, options, ("x", "residual"), WEIGHTS, scale, per_sample)
 
 
 # Sizes are odd on purpose: no vector width divides them.
@@ -173,7 +174,8 @@ CASES = [
 
 def _excite_case(c: Case) -> Case:
     shapes = {"logits" if k == "src" else k: v for k, v in c.shapes.items()}
-    return Case(c.name, shapes, c.options, c.maps, c.weights, c.scale)
+    per_sample = tuple("logits" if k == "src" else k for k in c.per_sample)
+    return Case(c.name, shapes, c.options, c.maps, c.weights, c.scale, per_sample)
 
 
 _EXCITE: dict[str, dict[str, Any]] = {
@@ -183,7 +185,7 @@ _EXCITE: dict[str, dict[str, Any]] = {
 }
 
 SPECS = [
-    OpSpec("squeeze_excite", squeeze_excite, eager, CASES),
+    OpSpec("squeeze_excite", squeeze_excite, eager, CASES, "squeeze_excite_fwd"),
     OpSpec(
         "excite",
         excite,
@@ -192,15 +194,17 @@ SPECS = [
             _excite_case(case(name, 2, 21, (6, 5), None, layers=0, src=True, **options))
             for name, options in _EXCITE.items()
         ],
+        "squeeze_excite_fwd",
     ),
     OpSpec(
         "squeeze",
         squeeze,
         _eager_squeeze,
         [
-            Case("2d", {"x": (3, 21, 6, 5)}),
-            Case("3d", {"x": (2, 5, 4, 6, 5)}),
-            Case("1d", {"x": (2, 9, 401)}),
+            Case("2d", {"x": (3, 21, 6, 5)}, per_sample=("x",)),
+            Case("3d", {"x": (2, 5, 4, 6, 5)}, per_sample=("x",)),
+            Case("1d", {"x": (2, 9, 401)}, per_sample=("x",)),
         ],
+        "squeeze_fwd",
     ),
 ]

@@ -1,0 +1,19 @@
+"""Softmax-weighted pooling; README.md here has the derivation, reference.py the formulas."""
+
+from attnkern.ops.softmax_pool.functions import (
+    additive_attention_pool,
+    context_attention_pool,
+    gated_attention_pool,
+    merge_pools,
+    query_attention_pool,
+    softmax_pool,
+)
+
+__all__ = [
+    "additive_attention_pool",
+    "context_attention_pool",
+    "gated_attention_pool",
+    "merge_pools",
+    "query_attention_pool",
+    "softmax_pool",
+]
