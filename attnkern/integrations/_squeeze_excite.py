@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from attnkern import _activations
 from attnkern.integrations import is_rerouted
+from attnkern.ops.squeeze_excite.module import weight_and_bias
 from attnkern.ops.squeeze_excite.op import squeeze_excite
 from attnkern.ops.squeeze_excite.reference import ACTS, GATES
 
@@ -56,7 +57,7 @@ def read(fc1: Any, act: Any, fc2: Any, gate: Any) -> Arguments | str:
         return reason
     assert hidden is not None
     assert out is not None
-    w1, b1, w2, b2 = *_layer(fc1), *_layer(fc2)
+    w1, b1, w2, b2 = *weight_and_bias(fc1), *weight_and_bias(fc2)
     return Arguments(w1, b1, w2, b2, hidden.name, hidden.slope, hidden.weight, out.name)
 
 
@@ -66,15 +67,7 @@ def read_one_layer(fc: Any, gate: Any) -> Arguments | str:
     if reason := _refuse_conv(fc) or _refuse("gate", gate, out, GATES):
         return reason
     assert out is not None
-    return Arguments(*_layer(fc), None, None, "identity", 0.01, None, out.name)
-
-
-def _layer(conv: nn.Conv2d) -> tuple[Tensor, Tensor | None]:
-    """Weight and bias, past ``Module.__getattr__`` (0.5 us each) unless FSDP set them."""
-    parameters = conv._parameters
-    if "weight" in parameters:
-        return parameters["weight"], parameters["bias"]  # type: ignore[return-value]
-    return conv.weight, conv.bias
+    return Arguments(*weight_and_bias(fc), None, None, "identity", 0.01, None, out.name)
 
 
 def _refuse_conv(conv: Any) -> str | None:
@@ -98,16 +91,23 @@ def _refuse(
     return reason and f"its {role} {type(module).__name__} {reason}"
 
 
+_TENSORS = (Tensor, nn.Parameter)
+
+
 def accepts(x: Any, arguments: Arguments) -> bool:
     """Whether the stock module would take x and return x's dtype: else its own forward decides."""
-    if not isinstance(x, Tensor) or x.dim() != 4 or 0 in x.shape[2:]:
+    if not isinstance(x, Tensor) or x.dim() != 4 or (x.numel() == 0 and 0 in x.shape[2:]):
         return False
     weight = arguments.w1
-    if x.device != weight.device or x.shape[1] != weight.shape[1]:
+    if x.device != weight.device or x.size(1) != weight.size(1):
         return False
+    dtype = weight.dtype
     for t in (weight, arguments.b1, arguments.w2, arguments.b2, arguments.act_weight):
         # sharded and quantised parameters are wrapper subclasses; their convolutions know them
-        if t is not None and (t.dtype != weight.dtype or hasattr(type(t), "__tensor_flatten__")):
+        if t is not None and (
+            t.dtype is not dtype
+            or (type(t) not in _TENSORS and hasattr(type(t), "__tensor_flatten__"))
+        ):
             return False
     if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
         return True

@@ -22,6 +22,14 @@ _ALIASES = {"swish": "silu", "hard_swish": "hardswish", "hardsigmoid": "hard_sig
 """timm's names of activations that have another one here."""
 
 
+def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
+    """Past ``Module.__getattr__`` (0.5 us each) unless FSDP or a parametrization set them."""
+    parameters = layer._parameters
+    if "weight" in parameters and "bias" in parameters:
+        return parameters["weight"], parameters["bias"]
+    return layer.weight, layer.bias
+
+
 class SqueezeExcite(nn.Module):
     r"""Squeeze-and-excitation block: `squeeze_excite` with a two-layer 1x1-convolution MLP.
 
@@ -110,13 +118,12 @@ class SqueezeExcite(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, drop_path: Tensor | None = None
     ) -> Tensor:
+        children = self._modules
         return squeeze_excite(
             x,
-            self.fc1.weight,
-            self.fc1.bias,
-            self.fc2.weight,
-            self.fc2.bias,
-            act_weight=None if self.act is None else self.act.weight,
+            *weight_and_bias(children["fc1"]),
+            *weight_and_bias(children["fc2"]),
+            act_weight=None if (act := children.get("act")) is None else act.weight,
             residual=residual,
             drop_path=drop_path,
             **self.options,
