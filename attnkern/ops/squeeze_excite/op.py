@@ -381,12 +381,10 @@ def _admit(
     if torch.compiler.is_compiling() or _select.transforming():
         return _check(op, impl, options, tensors)
     try:
-        key = (
-            op,
-            _select.requested(impl),
-            options,
-            *(None if t is None else (t.shape, t.dtype, t.device, t.layout) for t in tensors),
-        )
+        metadata: list[Any] = [op, _select.requested(impl), options]
+        for t in tensors:
+            metadata += (None,) if t is None else (t.shape, t.dtype, t.device, t.layout)
+        key = tuple(metadata)
         verdict = _admitted.get(key)
     except (AttributeError, TypeError):  # not tensors, or sizes that are symbols
         return _check(op, impl, options, tensors)
