@@ -533,7 +533,6 @@ def _project(z: Tensor, lse: Tensor, v_weight: Tensor | None, v_bias: Tensor | N
     z = torch.einsum(
         "bhmd,hfd->bhmf", z.to(lse.dtype), v_weight.to(lse.dtype).unflatten(0, (heads, -1))
     )
-    if v_bias is None:
-        return z
-    b = v_bias.to(lse.dtype).reshape(heads, 1, -1)
-    return z + torch.where((lse == float("-inf")).unsqueeze(3), 0.0, b)
+    if v_bias is not None:
+        z = z + v_bias.to(lse.dtype).reshape(heads, 1, -1)
+    return torch.where((lse == float("-inf")).unsqueeze(3), 0.0, z)

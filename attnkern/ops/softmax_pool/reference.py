@@ -211,8 +211,9 @@ def forward(i: Inputs, o: Options) -> tuple[Tensor, Tensor, Tensor]:
     """z [B, H, M, D] in the values' dtype, lse [B, H, M] and raw scores e [B, H, M, N]."""
     e = raw_scores(i, o)
     lse = log_sum_exp(logits_of(e, i, o), i)
-    p = weights_of(e, lse, i, o)
-    return weighted_sum(p, i).to(i.values.dtype), lse, e
+    z = weighted_sum(weights_of(e, lse, i, o), i)
+    z = torch.where((lse == float("-inf")).unsqueeze(3), 0.0, z)  # whatever the values
+    return z.to(i.values.dtype), lse, e
 
 
 def weighted_sum(p: Tensor, i: Inputs) -> Tensor:
