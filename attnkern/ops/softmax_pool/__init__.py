@@ -5,9 +5,9 @@ from attnkern.ops.softmax_pool.functions import (
     context_attention_pool,
     gated_attention_pool,
     merge_pools,
-    query_attention_pool,
     softmax_pool,
 )
+from attnkern.ops.softmax_pool.query import query_attention_pool
 
 __all__ = [
     "additive_attention_pool",

@@ -15,9 +15,9 @@ from attnkern.ops.softmax_pool.functions import (
     additive_attention_pool,
     context_attention_pool,
     gated_attention_pool,
-    query_attention_pool,
     softmax_pool,
 )
+from attnkern.ops.softmax_pool.query import query_attention_pool
 from attnkern.ops.softmax_pool.reference import ACTS
 from attnkern.testing import Case, OpSpec, as_tuple
 

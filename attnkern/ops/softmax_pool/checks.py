@@ -89,7 +89,7 @@ def per_row(
     batch, heads, queries = (1, *rows[1:]) if ragged else rows
     items = values.shape[2]
     full = t.unsqueeze(0) if ragged else t
-    if 2 <= full.dim() <= 4:
+    if 2 <= full.dim() <= (3 if exact else 4):
         full = full.reshape(full.shape[0], *(1,) * (4 - full.dim()), *full.shape[1:])
         fits = (
             size == wanted or (size == 1 and not exact)
