@@ -7,9 +7,21 @@ from attnkern.ops.softmax_pool.functions import (
     merge_pools,
     softmax_pool,
 )
+from attnkern.ops.softmax_pool.module import (
+    AdditiveAttentionPool,
+    ContextAttentionPool,
+    GatedAttentionPool,
+    QueryAttentionPool,
+    SoftmaxPool,
+)
 from attnkern.ops.softmax_pool.query import query_attention_pool
 
 __all__ = [
+    "AdditiveAttentionPool",
+    "ContextAttentionPool",
+    "GatedAttentionPool",
+    "QueryAttentionPool",
+    "SoftmaxPool",
     "additive_attention_pool",
     "context_attention_pool",
     "gated_attention_pool",
