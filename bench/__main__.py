@@ -167,7 +167,7 @@ def select(options: argparse.Namespace, device: Any) -> tuple[list[Any], list[An
         for op, found in benches().items()
         for s in found.subjects[device.type]
         if options.only != "models"
-        and options.op in (None, op)
+        and options.op in (None, op, s.op)
         and options.dtype in (None, s.dtype)
         and (everything or s.quick or options.match)
         and any(options.match in s.key(which) for which in s.passes)

@@ -188,6 +188,11 @@ def streaming_copy(out: torch.Tensor, x: torch.Tensor) -> None:
     list(_pool().map(move, range(parts)))
 
 
+def read(x: torch.Tensor) -> torch.Tensor:
+    """One read of dense x, whatever its layout and dtype: the sum of its bytes taken as float32."""
+    return torch.as_strided(x, (x.numel(),), (1,)).view(torch.float32).sum()
+
+
 def copy_bandwidth(device: torch.device, seconds: float = 1.5) -> dict[str, Any]:
     """GB/s (one read, one write), the fastest of many: from memory in each form, in cache."""
     cache = last_level_cache(device)

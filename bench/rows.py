@@ -29,7 +29,9 @@ PASSES = (FORWARD, TRAINING)
 class Subject:
     """One op at one size, dtype and layout; its passes share tensors and the gate.
 
-    ``trips``: the fewest x-sized reads and writes each pass needs, on-chip minimum.
+    ``trips``: the fewest reads and writes of the maps each pass needs, on-chip minimum.
+    ``others``: ways users write the op in stock torch, beside the spec's ``eager``; the fastest of
+    all is the baseline.
     ``group``: which targets it counts towards; empty for a row that is shown beside them.
     ``quick``: part of the default run.  ``compile``: the default run pays for its torch.compile.
     """
@@ -43,18 +45,27 @@ class Subject:
     quick: bool = True
     compile: bool = True
     passes: tuple[str, ...] = PASSES
+    others: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @property
     def layout(self) -> str:
+        if len(self.shape) < 4:
+            return "items"
         return "channels_last" if self.channels_last else "channels_first"
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.case.shapes["x"]
+        return self.case.shapes[self.case.maps[0]]
 
     @property
     def map_bytes(self) -> int:
-        return math.prod(self.shape) * DTYPES[self.dtype].itemsize
+        size = sum(math.prod(self.case.shapes[name]) for name in self.case.maps)
+        return size * DTYPES[self.dtype].itemsize
+
+    @property
+    def only_reads(self) -> bool:
+        """Whether the forward pass writes no map, so that a plain read is its roof, not a copy."""
+        return self.trips[FORWARD] == 1
 
     def minimum_bytes(self, which: str) -> int:
         """Bytes no implementation can avoid: maps, and weights once (training: twice, plus dw)."""
@@ -87,15 +98,10 @@ class Target:
 
 @dataclass(frozen=True)
 class OpBench:
-    """What ``bench/ops/<op>.py`` exports as ``BENCH``.
-
-    ``formulations``: other ways users write the op in stock torch, beside the spec's ``eager``;
-    the fastest is the baseline.
-    """
+    """What ``bench/ops/<op>.py`` exports as ``BENCH``."""
 
     subjects: Mapping[str, list[Subject]]  # by device type
     targets: Mapping[str, list[Target]]
-    formulations: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
 
 @functools.cache

@@ -11,13 +11,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from attnkern import testing
+from attnkern import _select, testing
 from attnkern.testing import Tensors
 from bench import clock, machine
 from bench.gate import Oracles, Red, check, sentence
 from bench.results import derive
-from bench.rows import FORWARD, PASSES, Subject, benches
+from bench.rows import DTYPES, FORWARD, PASSES, Subject
 
+PLAIN = "plain"  # the eager formulation that the tests hold the op to
 Function = Callable[..., Any]
 Sets = list[tuple[Tensors, list[Tensor]]]
 
@@ -46,15 +47,29 @@ class _Measurement:
         options, op = subject.case.options, subject.spec()
         settings.say(f"{self.name}: float64 oracle")
         self.expected = oracles.of(subject)
-        self.eager: dict[str, Function] = {"linear layers": functools.partial(op.eager, **options)}
-        for name, function in benches()[subject.op].formulations.items():
-            self.eager[name] = functools.partial(function, **options)
+        forms = {PLAIN: op.eager, **subject.others}
+        self.eager: dict[str, Function] = {
+            name: functools.partial(form, **options) for name, form in forms.items()
+        }
         settings.say(f"{self.name}: gate")
         self.gates: dict[str, dict[str, Any]] = {}
         self.ours: dict[str, Function] = {}
         self.passed: dict[str, testing.Result] = {}
-        for impl in settings.impls:
+        self.impls, self.notes = self._serving(op.operator)
+        for impl in self.impls:
             self._gate(impl, functools.partial(op.function, **options, impl=impl))
+
+    def _serving(self, operator: str) -> tuple[tuple[str, ...], list[str]]:
+        """The implementations that have a kernel of this operator; the reference where none has."""
+        dtype = DTYPES[self.subject.dtype]
+        reasons = {
+            impl: _select.refuse(impl, self.device, dtype, operator) for impl in self.settings.impls
+        }
+        serving = tuple(impl for impl, reason in reasons.items() if reason is None)
+        notes = [f"{impl} is left out: {reason}" for impl, reason in reasons.items() if reason]
+        if not serving:
+            notes.append("no kernel can run here, these figures are of the reference")
+        return serving or ("reference",), notes
 
     def _gate(self, name: str, function: Function, like: str | None = None) -> bool:
         try:
@@ -70,7 +85,7 @@ class _Measurement:
     def rows(self) -> list[dict[str, Any]]:
         s, settings = self.subject, self.settings
         rows = [self._row(which) for which in s.passes if which in settings.passes]
-        if not self.gates[settings.impls[0]]["ok"]:
+        if not self.gates[self.impls[0]]["ok"]:
             return rows
         cache = machine.last_level_cache(self.device)
         self.sets = self._input_sets(3 * cache)
@@ -89,8 +104,9 @@ class _Measurement:
             row["peak_bytes"] = {n: peak_bytes(calls[n], self.device) for n in measured}
             self._time(row, calls | self._copies())
             derive(row, settings.copy_GBps, cache)
-            if row["roof"] and row["roof"]["in_memory"]:  # the fastest copy of the whole run counts
-                settings.copy_GBps = max(settings.copy_GBps, row["roof"]["copy_GBps"])
+            roof = row["roof"]
+            if roof and roof["in_memory"] and not s.only_reads:  # of the whole run's copies
+                settings.copy_GBps = max(settings.copy_GBps, roof["copy_GBps"])
         return rows
 
     def _row(self, which: str) -> dict[str, Any]:
@@ -106,16 +122,17 @@ class _Measurement:
             "group": s.group,
             "map_bytes": s.map_bytes,
             "minimum_bytes": s.minimum_bytes(which),
-            "impl": self.settings.impls[0],
+            "impl": self.impls[0],
             "gate": self.gates,
             "formulation": None,
+            "formulations": {},
             "times": {},
             "peak_bytes": {},
             "compile_seconds": {},
             "ratios": {},
             "roof": None,
             "refused": None,
-            "notes": [],
+            "notes": list(self.notes),
         }
 
     def _input_sets(self, total: int) -> Sets:
@@ -144,11 +161,19 @@ class _Measurement:
     def _eager_calls(self, row: dict[str, Any]) -> dict[str, clock.Call]:
         """The fastest formulation here, and the same in the other layout for grouped rows."""
         which = row["pass"]
-        calls = {name: self._bind(f, self.sets, which) for name, f in self.eager.items()}
-        best = self._fastest(calls, len(self.sets))
-        row["formulation"] = best
+        calls = {}
+        for name, function in self.eager.items():
+            call = self._bind(function, self.sets, which)
+            try:
+                call(0)
+            except Exception as error:
+                row["notes"].append(f"{name} left out: {sentence(error)}")
+                continue
+            calls[name] = call
+        row["formulations"] = self._formulation_times(calls)
+        best = row["formulation"] = min(row["formulations"], key=row["formulations"].__getitem__)
         found = {"eager": calls[best]}
-        if self.subject.group and self.subject.shape[0] > 1:
+        if self.subject.group and self.subject.shape[0] > 1 and self.subject.layout != "items":
             other = [self._other_layout(tensors, grads) for tensors, grads in self.sets]
             found["eager, other layout"] = self._bind(self.eager[best], other, which)
         return found
@@ -162,14 +187,15 @@ class _Measurement:
         turned = {
             n: (turn(t) if n in maps else t.detach()).requires_grad_() for n, t in tensors.items()
         }
-        return turned, [turn(g) for g in grads]
+        return turned, [turn(g) if g.dim() > 3 else g for g in grads]
 
-    def _fastest(self, calls: dict[str, clock.Call], sets: int) -> str:
+    def _formulation_times(self, calls: dict[str, clock.Call]) -> dict[str, float]:
+        """Seconds of every formulation; nothing to measure where there is one."""
         if len(calls) == 1:
-            return next(iter(calls))
-        samplers = {n: clock.sampler(call, sets, self.device) for n, call in calls.items()}
+            return dict.fromkeys(calls, 0.0)
+        samplers = {n: clock.sampler(call, len(self.sets), self.device) for n, call in calls.items()}
         times = clock.interleave(samplers, 0.2, least=3)
-        return min(times, key=lambda n: times[n].median)
+        return {name: stats.median for name, stats in times.items()}
 
     def _compiled(self) -> dict[str, Function]:
         """torch.compile of eager and of ours; nothing is compiled before the first call."""
@@ -177,7 +203,7 @@ class _Measurement:
             return {}
         torch.compiler.reset()
         build = functools.partial(torch.compile, dynamic=False, fullgraph=True)
-        eager = self.eager["linear layers"]
+        eager = self.eager[PLAIN]
         found = {"compile": build(eager)}
         if self.device.type == "cuda" and self.subject.quick:
             found["compile, max-autotune"] = build(eager, mode="max-autotune-no-cudagraphs")
@@ -203,15 +229,16 @@ class _Measurement:
         return call if self.gates.get(name, {"ok": True})["ok"] else None
 
     def _copies(self) -> dict[str, clock.Call]:
-        """One read and one write of x: into a fresh result as the op does, and past the cache."""
-        sets = self.sets
-        calls: dict[str, clock.Call] = {"copy": lambda i: sets[i][0]["x"].detach().clone()}
-        x = self.expected.tensors["x"]
+        """One read and one write of the maps: into fresh results as an op does, and past the cache."""
+        sets = [[tensors[n].detach() for n in self.subject.case.maps] for tensors, _ in self.sets]
+        calls: dict[str, clock.Call] = {"copy": lambda i: [x.clone() for x in sets[i]]}
         if self.device.type == "cpu" and self.subject.map_bytes > 64 << 20:
-            out = torch.empty_like(x)
-            calls["copy, streaming"] = lambda i: machine.streaming_copy(
-                out, sets[i][0]["x"].detach()
-            )
+            outs = [torch.empty_like(x) for x in sets[0]]
+            calls["copy, streaming"] = lambda i: [
+                machine.streaming_copy(out, x) for out, x in zip(outs, sets[i], strict=True)
+            ]
+        if self.subject.only_reads:
+            calls["read"] = lambda i: [machine.read(x) for x in sets[i]]
         return calls
 
     def _time(self, row: dict[str, Any], calls: dict[str, clock.Call]) -> None:

@@ -43,7 +43,8 @@ def _case(batch: int, channels: int, side: int, hidden: int, **options: Any) -> 
 
 def _subject(c: Any, dtype: str, **extra: Any) -> Subject:
     trips = RESIDUAL if "residual" in c.shapes else PLAIN
-    return Subject("squeeze_excite", c, dtype, trips, **extra)
+    others = {"convolutions": convolutions}
+    return Subject("squeeze_excite", c, dtype, trips, others=others, **extra)
 
 
 def _cpu() -> list[Subject]:
@@ -148,5 +149,4 @@ BENCH = OpBench(
             Target("SE, batch 1", FORWARD, ("bf16", "fp16"), 5.0, 1.5),
         ],
     },
-    formulations={"convolutions": convolutions},
 )
