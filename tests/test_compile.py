@@ -43,6 +43,14 @@ KINDS = (
     "prelu",
     "1d",
     "3d",
+    "pool_mask",
+    "pool_bags",
+    "context",
+    "latent_queries",
+    "query_keys",
+    "additive",
+    "gated",
+    "gated_bags",
 )
 
 
@@ -73,6 +81,21 @@ def test_the_compiled_graphs_call_the_kernels(call, target):
     assert backward.count(f"attnkern.squeeze_excite_bwd.{target.impl}") == 1
     arithmetic = {t for t in forward + backward if t.startswith("aten") and "empty" not in t}
     assert not arithmetic - PLUMBING
+
+
+@pytest.mark.parametrize(
+    "call", calls("pool", "context", "query", "additive_tanh", "gated_branches"), ids=str
+)
+def test_the_compiled_graphs_of_pools_call_the_kernels(call, target):
+    if target.impl == "reference":
+        pytest.skip("the reference is no operator")
+    graphs = []
+    compiled = torch.compile(call.spec.function, fullgraph=True, backend=_graphs(graphs))
+    options = {k: v for k, v in call.case.options.items() if k != "returns"}
+    testing.run(compiled, call.inputs(target), options, impl=target.impl)
+    for graph, direction in zip(graphs, ("fwd", "bwd"), strict=True):
+        assert graph.count(f"attnkern.softmax_pool_{direction}.{target.impl}") == 1
+        assert not any("softmax" in t or "exp" in t or "mm" in t for t in graph if "aten" in t)
 
 
 def test_many_shapes_compile_at_most_twice(target):

@@ -8,7 +8,17 @@ from conftest import calls
 
 from attnkern import testing
 
-KINDS = ("resnet", "effnet", "residual_relu_drop_path", "lc0", "one_sample_long", "3d", "prelu")
+KINDS = (
+    *("resnet", "effnet", "residual_relu_drop_path", "lc0", "one_sample_long", "3d", "prelu"),
+    *(
+        "pool_long",
+        "pool_bags",
+        "context_long",
+        "latent_queries",
+        "additive_mask",
+        "gated_branches",
+    ),
+)
 
 
 def _assert_same(got, want):

@@ -179,6 +179,79 @@ def test_weights_of_any_strides(call, target):
         _assert_equal(got, want)
 
 
+ITEMS = {
+    "contiguous": lambda make: make(2, 9, 6),
+    "columns": lambda make: make(2, 6, 9).transpose(1, 2),
+    "item_slice": lambda make: make(2, 14, 6)[:, 3:12],
+    "item_step": lambda make: make(2, 18, 6)[:, ::2],
+    "feature_slice": lambda make: make(2, 9, 11)[..., 2:8],
+    "feature_step": lambda make: make(2, 9, 12)[..., ::2],
+    "column_slice": lambda make: make(2, 6, 15).transpose(1, 2)[:, 4:13],
+    "batch_step": lambda make: make(6, 9, 6)[::3],
+    "batch_innermost": lambda make: make(9, 6, 2).permute(2, 0, 1),
+    "items_outermost": lambda make: make(9, 2, 6).transpose(0, 1),
+    "features_outermost": lambda make: make(6, 2, 9).permute(1, 2, 0),
+    "batch_expanded": lambda make: make(1, 9, 6).expand(2, 9, 6),
+    "items_expanded": lambda make: make(2, 1, 6).expand(2, 9, 6),
+    "features_expanded": lambda make: make(2, 9, 1).expand(2, 9, 6),
+    "windows": lambda make: make(2, 14).unfold(1, 6, 1),
+    "one_feature": lambda make: make(2, 9, 6)[..., 3:4],
+    "one_item": lambda make: make(2, 9, 6)[:, 4:5],
+    "map_channels_last": lambda make: testing.to_channels_last(make(2, 6, 3, 3)),
+    "map_row_slice": lambda make: make(2, 6, 5, 3)[:, :, 1:4],
+    "map_columns": lambda make: make(2, 6, 3, 5)[..., 1:4],
+}
+SCORERS = {
+    "softmax_pool": ("values", {"scores": (2, 3, "N")}),
+    "context_attention_pool": ("x", {"weight": (3, "D")}),
+    "query_attention_pool": ("x", {"query": (2, 2, "D")}),
+    "additive_attention_pool": ("values", {"keys": "like", "query": (1, 2, "D"), "v": ("D",)}),
+    "gated_attention_pool": ("x", {"V": (5, "D"), "U": (5, "D"), "w": (2, 5)}),
+}
+
+
+@pytest.mark.parametrize("name", ITEMS)
+@pytest.mark.parametrize("function", SCORERS)
+def test_items_of_a_pool(function, name, target):
+    """Any strides of values and keys: read in place, or copied once, to the same result."""
+    spec = next(call.spec for call in CALLS if call.spec.name == function)
+    values, others = SCORERS[function]
+    x = ITEMS[name](lambda *shape: _base(shape, torch.float32, target.device))
+    count, features = (x.shape[2:].numel(), x.shape[1]) if x.dim() > 3 else x.shape[1:]
+    tensors = {values: x}
+    for key, shape in others.items():
+        sizes = [{"N": count, "D": features}.get(s, s) for s in shape] if shape != "like" else None
+        tensors[key] = x + 0.5 if sizes is None else _base(sizes, torch.float32, target.device)
+    before, case = x.clone(), testing.Case("", {}, {"returns": ("scores",)})
+    got = testing.compare(spec, case, tensors, impl=target.impl)
+    assert torch.equal(x, before)
+    assert got.grads[values].shape == x.shape
+    if name in (
+        "contiguous",
+        "columns",
+        "items_outermost",
+        "features_outermost",
+        "map_channels_last",
+    ):
+        assert target.impl == "reference" or got.grads[values].stride() == x.stride()
+    grads = [o.new_ones(()).expand(o.shape) for o in got.outputs]  # as of a sum
+    testing.compare(spec, case, tensors, grad_outputs=grads, impl=target.impl)
+
+
+@pytest.mark.parametrize("columns", [False, True], ids=["rows", "columns"])
+def test_storage_offsets_of_items(columns, target, dtype):
+    """A vector load of 64 bytes meets every misalignment an element type allows."""
+    spec = next(call.spec for call in CALLS if call.spec.name == "context_attention_pool")
+    count = 2 * 9 * 6
+    for offset in range(16):
+        flat = _base((count + 16,), dtype, target.device)[offset : offset + count]
+        x = flat.view(2, 6, 9).transpose(1, 2) if columns else flat.view(2, 9, 6)
+        weight = _base((3, 6), dtype, target.device)
+        testing.compare(
+            spec, testing.Case("", {}, {}), {"x": x, "weight": weight}, impl=target.impl
+        )
+
+
 def test_batch_zero_equals_eager(call, target, dtype):
     if not call.case.per_sample:
         pytest.skip("bags have no batch axis")

@@ -10,7 +10,7 @@ import torch
 from conftest import calls
 
 from attnkern import testing
-from attnkern.functional import squeeze_excite
+from attnkern.functional import gated_attention_pool, squeeze_excite
 
 B, C, L, R = 4, 64, 4096, 16
 MAP = B * C * L * 4
@@ -93,6 +93,57 @@ def test_eager_keeps_and_allocates_more(target):
     assert sum(s >= MAP for s in sizes) >= 2
     sizes, _ = _allocations(target, lambda: y.sum().backward())
     assert sum(s >= MAP for s in sizes) >= 2
+
+
+def _bag(target, items=20_000, features=64, hidden=16):
+    shapes = {
+        "x": (1, items, features),
+        "V": (hidden, features),
+        "U": (hidden, features),
+        "w": (1, hidden),
+    }
+    generator = torch.Generator().manual_seed(0)
+    return {
+        k: torch.randn(s, generator=generator).to(target.device).requires_grad_()
+        for k, s in shapes.items()
+    }
+
+
+def test_a_gated_pool_keeps_and_allocates_nothing_of_the_size_of_its_hidden_layer(target):
+    """[N, K] here is a quarter of x; scores are a number an item."""
+    if target.impl == "reference":
+        pytest.skip("the reference keeps what autograd keeps")
+    tensors = _bag(target)
+    inputs = {t.untyped_storage().data_ptr() for t in tensors.values()}
+    kept = []
+    bag, scores = 20_000 * 64 * 4, 20_000 * 4
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in inputs:
+            kept.append(t.untyped_storage().nbytes())
+        return t
+
+    def pool():
+        return gated_attention_pool(
+            **tensors, b_V=None, b_U=None, return_scores=True, impl=target.impl
+        )
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        outputs = pool()
+    assert sum(kept) <= 4096, "z and lse"
+    sizes, outputs = _allocations(target, pool)
+    assert max(sizes) <= 2 * scores, "scores and workspace"
+    grads = testing.noise_like(outputs)
+    sizes, _ = _allocations(
+        target, lambda: torch.autograd.grad(outputs, list(tensors.values()), grads)
+    )
+    large = sorted(sizes)[-2:]
+    assert large[1] == bag
+    assert large[0] <= bag // 8, "partial sums of the parameters' gradients"
+    sizes, _ = _allocations(
+        target, lambda: torch.autograd.grad(pool(), [tensors["V"], tensors["w"]], grads)
+    )
+    assert max(sizes) <= bag // 8, "frozen items"
 
 
 def test_nothing_is_kept_alive(target):

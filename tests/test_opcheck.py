@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import pytest
 import torch
+from conftest import CALLS as EVERY
 from conftest import calls
 
-from attnkern import _layout
+from attnkern import _layout, testing
+from attnkern.ops.softmax_pool import op as softmax_pool
 from attnkern.ops.squeeze_excite.reference import Options
 
 ALL = ("test_schema", "test_autograd_registration", "test_faketensor", "test_aot_dispatch_dynamic")
@@ -62,6 +64,51 @@ def test_squeeze(call, target, dtype):
         x = call.inputs(target, dtype, channels_last=channels_last)["x"]
         torch.library.opcheck(op, (x,), test_utils=ALL)
         assert op(x).dtype == torch.promote_types(dtype, torch.float32)
+
+
+class _Recorder:
+    """An operator that keeps its arguments."""
+
+    def __init__(self, overload):
+        self.overload, self.seen = overload, []
+
+    def __call__(self, *arguments):
+        self.seen.append(arguments)
+        return self.overload(*arguments)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize(
+    "call", [c for c in EVERY if c.spec.operator == "softmax_pool_fwd"], ids=str
+)
+def test_softmax_pool(call, target, channels_last, monkeypatch):
+    forward, backward = (_Recorder(_overload(f"softmax_pool_{d}", target)) for d in ("fwd", "bwd"))
+    monkeypatch.setitem(softmax_pool.softmax_pool_fwd, target.impl, forward)
+    monkeypatch.setitem(softmax_pool.softmax_pool_bwd, target.impl, backward)
+    tensors = call.inputs(target, channels_last=channels_last)
+    testing.run(call.spec.function, tensors, call.case.options, impl=target.impl)
+    small = {**tensors}
+    del small[call.case.maps[0]]  # frozen items
+    if small:
+        _frozen(call, target, tensors, small)
+    assert forward.seen
+    assert backward.seen
+    utilities = ALL if len(forward.seen[0]) and "long" not in call.case.name else ALL[:3]
+    for recorder in (forward, backward):
+        for arguments in recorder.seen:
+            detached = [
+                a.detach().requires_grad_(False) if isinstance(a, torch.Tensor) else a
+                for a in arguments
+            ]
+            torch.library.opcheck(recorder.overload, tuple(detached), test_utils=utilities)
+
+
+def _frozen(call, target, tensors, small):
+    leaves = {k: t.detach().requires_grad_(k in small) for k, t in tensors.items()}
+    outputs = testing.as_tuple(call.spec.function(**leaves, **call.case.options, impl=target.impl))
+    torch.autograd.grad(
+        sum(o.float()[o.isfinite()].sum() for o in outputs), [leaves[k] for k in small]
+    )
 
 
 def test_operators_refuse_maps_of_different_layouts(target):
