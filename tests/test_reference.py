@@ -7,6 +7,7 @@ import itertools
 import pytest
 import torch
 
+from attnkern.ops.softmax_pool import reference as pool_reference
 from attnkern.ops.squeeze_excite import reference as R
 
 BATCH, CHANNELS, LENGTH, HIDDEN = 2, 3, 5, 4
@@ -111,3 +112,81 @@ def test_the_mean_of_a_constant_map_is_exact_and_does_not_overflow():
     for value, dtype in ((65504.0, torch.float16), (1e36, torch.bfloat16), (0.75, torch.float32)):
         x = torch.full((1, 2, 64), value, dtype=dtype)
         assert torch.equal(R.squeeze(x).to(dtype), x[:, :, 0])
+
+
+# ------------------------------------------------------------------ softmax_pool
+
+
+def _pool_inputs(scorer, ragged, heads, own_query, masked, gate):
+    """Normal form: B = 3 samples or bags (one empty), N = 7 items."""
+
+    def make(*shape):
+        return torch.randn(*shape, dtype=torch.float64, requires_grad=True)
+
+    batch, items, features, queries, hidden = 3, 7, 4, 2, 5
+    rows = (1 if ragged else batch, heads)
+    per_sample = batch if own_query else 1
+    t = {"values": make(*rows, items, features)}
+    if scorer == "given":
+        t["scores"] = make(*rows, queries, items)
+    elif scorer == "dot":
+        t["query"] = make(per_sample, heads, queries, features)
+    elif scorer == "additive":
+        t |= {"keys": make(*rows, items, hidden), "w": make(1, hidden)}
+        t["query"] = make(per_sample, heads, queries, hidden)
+    else:
+        t |= {"V": make(hidden, features), "b_V": make(hidden), "w": make(queries, hidden)}
+        if gate:
+            t |= {"U": make(hidden, features), "b_U": make(hidden)}
+    if scorer != "given":
+        t["c"] = make(per_sample, heads, queries)
+    if masked:
+        bias = torch.randn(rows[0], 1, queries, items, dtype=torch.float64)
+        bias[0, 0, 0] = float("-inf")
+        t["bias"] = bias.requires_grad_()
+    if ragged:
+        t["offsets"] = torch.tensor([0, 3, 3, 7])
+    return pool_reference.Inputs(**t)
+
+
+@pytest.mark.parametrize("act", pool_reference.ACTS)
+@pytest.mark.parametrize("scorer", pool_reference.SCORERS)
+def test_pool_backward_equals_autograd_of_forward(scorer, act):
+    switches = itertools.product((False, True), (1, 2), (False, True), (False, True), (False, True))
+    for ragged, heads, own_query, masked, gate in switches:
+        if (scorer == "gated" and heads > 1) or (scorer != "gated" and gate):
+            continue
+        torch.manual_seed(0)
+        i = _pool_inputs(scorer, ragged, heads, own_query, masked, gate)
+        o = pool_reference.Options(scorer, act, 0.7)
+        z, lse, e = pool_reference.forward(i, o)
+        dz, dlse, dscores = torch.randn_like(z), torch.randn_like(lse), torch.randn_like(e)
+        names = [n for n, t in zip(i._fields, i, strict=True) if t is not None and n != "offsets"]
+        leaves = [getattr(i, n) for n in names]
+        want = dict(
+            zip(names, torch.autograd.grad((z, lse, e), leaves, (dz, dlse, dscores)), strict=True)
+        )
+        delta = (dz * z).sum(3) - dlse
+        got = pool_reference.backward(dz, delta, dscores, i, lse, o)._asdict()
+        dl = got.pop("logits")
+        if scorer == "given":
+            got["scores"] = o.scale * dl + dscores
+        if masked:
+            got["bias"] = dl.sum_to_size(i.bias.shape)
+        for name in names:
+            if name != "c":  # known without the kernels: tests/ops/test_softmax_pool.py
+                torch.testing.assert_close(
+                    got[name],
+                    want[name],
+                    rtol=1e-10,
+                    atol=1e-11,
+                    msg=f"{name}: {o} {ragged} {heads}",
+                )
+
+
+@pytest.mark.parametrize("act", pool_reference.ACTS)
+def test_pool_activation_gradients_match_torch_at_the_kinks(act):
+    h = torch.tensor([-9.0, -1.0, -0.0, 0.0, 1.0, 9.0], dtype=torch.float64, requires_grad=True)
+    (want,) = torch.autograd.grad(pool_reference.activation(h, act).sum(), h)
+    got = pool_reference.activation_grad(h.detach(), act)
+    torch.testing.assert_close(got, want, rtol=1e-14, atol=1e-15)
