@@ -40,6 +40,29 @@ def test_autocast_changes_no_bit(call, target, dtype):
             assert torch.equal(g, w)
 
 
+@pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize(
+    "call",
+    calls(
+        "pool", "context", "latent", "query_keys", "additive_tanh", "gated_branches", "gated_bags"
+    ),
+    ids=str,
+)
+def test_pools_lower_their_items_as_attention_does(call, target, x_dtype):
+    for cast in _dtypes(target):
+        leaves = call.inputs(target, x_dtype, weight_dtype=torch.float32, requires_grad=True)
+        lowered = {k: t.detach().to(cast) if k in call.case.maps else t for k, t in leaves.items()}
+        with torch.autocast(target.device, dtype=cast):
+            z = testing.as_tuple(call.run(target, leaves))[0]
+            eager = testing.as_tuple(call.spec.eager(**leaves, **call.case.options))[0]
+        assert z.dtype == eager.dtype == cast
+        assert torch.equal(z, testing.as_tuple(call.run(target, lowered))[0])
+        z.float().square().sum().backward()
+        for name, t in leaves.items():
+            assert t.grad is None or t.grad.dtype == t.dtype, name
+        assert leaves[call.case.maps[0] if call.case.maps[0] in leaves else "x"].grad is not None
+
+
 def test_behind_a_layer_that_autocast_lowers(target):
     """A convolution hands over bfloat16 while the weights stay float32."""
     (call,) = calls("resnet")

@@ -19,9 +19,15 @@ DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 def items_of(
     op: str, name: str, x: Any, offsets: Any, channels_first: bool, like: Tensor | None = None
 ) -> Tensor:
-    """x [B, N, D], [B, D, *spatial] or, with offsets, [N, D] as [B, 1, N, D], in place."""
+    """x [B, N, D], [B, D, *spatial] or, with offsets, [N, D] as [B, 1, N, D], in place.
+
+    Under autocast float32 items are lowered, as they are before torch's own attention.
+    """
     _checks.tensor(op, name, x)
     _checks.strided(op, name, x)
+    device = x.device.type
+    if x.dtype == torch.float32 and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
+        x = x.to(torch.get_autocast_dtype(device))
     _checks.dtype(op, name, x, DTYPES if like is None else (like.dtype,))
     if like is not None:
         _checks.device(op, name, x, like, "values")

@@ -11,6 +11,7 @@ from torch import Tensor
 from attnkern import _checks
 from attnkern.ops.softmax_pool import checks
 from attnkern.ops.softmax_pool.call import Common, bags_of, results_of, run
+from attnkern.ops.softmax_pool.op import full_precision
 from attnkern.ops.softmax_pool.reference import Inputs, accumulation_dtype
 
 
@@ -110,37 +111,45 @@ def query_attention_pool(
         _checks.number(op, "scale", scale)
     q = checks.queries_of(op, query, v, bags, width)  # [B or 1, M, E]
     single, queries = query.dim() == 2, q.shape[1]
-    acc = accumulation_dtype(v.dtype)
+    if fold and keys is not None:
+        needed = "be None or False when keys are given, which may be no linear map of x"
+        _checks.fail(op, "fold", needed, fold)
+    few = queries * heads < width if fold is None else fold
+    folded = few and keys is None and (k_weight is not None or v_weight is not None)
     scale = (width // heads) ** -0.5 if scale is None else float(scale)
-    q = _split(q.to(acc) * scale, heads)  # [B or 1, H, M, E/H]
-    few = queries * heads < width if fold is None else fold
-
-    c = None
-    if k_bias is not None:
-        c = torch.einsum("bhme,he->bhm", q, k_bias.to(acc).reshape(heads, -1))
-    few = queries * heads < width if fold is None else fold
-    if few and keys is None and (k_weight is not None or v_weight is not None):
-        u = _as_features(q, k_weight, v.shape[3])
-        results = run(op, Inputs(v, query=u, c=c), "dot", "tanh", common, (bags, heads, queries))
-        z = _project(results[0], results[3], v_weight, v_bias)
-    else:
-        if fold and keys is not None:
-            _checks.fail(
-                op,
-                "fold",
-                "be None or False when keys are given, which may be no linear map of x",
-                fold,
-            )
-        if k_weight is not None:
-            k = F.linear(v, k_weight.to(v.dtype))
-        if v_weight is not None:
-            k = v if k is None else k
-            v = F.linear(v, v_weight.to(v.dtype), None if v_bias is None else v_bias.to(v.dtype))
-        i = Inputs(_split(v[:, 0], heads), None if k is None else _split(k[:, 0], heads), q, c=c)
-        results = run(op, i, "dot", "tanh", common, (bags, heads, queries))
-        z = results[0]
-    z = z.transpose(1, 2).flatten(2).to(x.dtype)  # [B, M, F]
+    rows = (bags, heads, queries)
+    with full_precision(v):
+        q = _split(q.to(accumulation_dtype(v.dtype)) * scale, heads)  # [B or 1, H, M, E/H]
+        c = None
+        if k_bias is not None:
+            c = torch.einsum("bhme,he->bhm", q, k_bias.to(q.dtype).reshape(heads, -1))
+        if folded:
+            u = _as_features(q, k_weight, v.shape[3])
+            results = run(op, Inputs(v, query=u, c=c), "dot", "tanh", common, rows)
+            z = _project(results[0], results[3], v_weight, v_bias)
+        else:
+            k, v = _projected(v, k, k_weight, v_weight, v_bias)
+            heads_of = [None if t is None else _split(t[:, 0], heads) for t in (v, k)]
+            results = run(op, Inputs(*heads_of, q, c=c), "dot", "tanh", common, rows)
+            z = results[0]
+    z = z.transpose(1, 2).flatten(2).to(v.dtype)  # [B, M, F]
     return results_of(z, results, common, single, heads > 1)
+
+
+def _projected(
+    x: Tensor,
+    keys: Tensor | None,
+    k_weight: Tensor | None,
+    v_weight: Tensor | None,
+    v_bias: Tensor | None,
+) -> tuple[Tensor | None, Tensor]:
+    """Keys (None: they are the values) and values of every item; b_k is in the scores' bias."""
+    if k_weight is not None:
+        keys = F.linear(x, k_weight.to(x.dtype))
+    if v_weight is None:
+        return keys, x
+    values = F.linear(x, v_weight.to(x.dtype), None if v_bias is None else v_bias.to(x.dtype))
+    return x if keys is None else keys, values
 
 
 def _split(x: Tensor, heads: int) -> Tensor:
