@@ -57,3 +57,59 @@ def test_both_export_modes_agree(target, strict):
     x = torch.randn(2, 12, 4, 4, device=target.device)
     program = torch.export.export(model, (x,), strict=strict)
     torch.testing.assert_close(program.module()(x), model(x))
+
+
+class _Pool(torch.nn.Module):
+    """Two scorers of one operator: a gated pool over padded bags, and a folded latent query over what is left."""
+
+    def __init__(self, impl):
+        super().__init__()
+        self.V, self.U, self.w = (
+            torch.nn.Linear(12, 6),
+            torch.nn.Linear(12, 6),
+            torch.nn.Linear(6, 3),
+        )
+        self.kv, self.query = torch.nn.Linear(12, 24), torch.nn.Parameter(torch.randn(1, 1, 12))
+        self.impl = impl
+
+    def forward(self, x, mask):
+        z, scores = attnkern.functional.gated_attention_pool(
+            x,
+            *(self.V.weight, self.V.bias, self.U.weight, self.U.bias, self.w.weight, self.w.bias),
+            mask=mask,
+            return_scores=True,
+            impl=self.impl,
+        )
+        (wk, wv), (bk, bv) = self.kv.weight.chunk(2), self.kv.bias.chunk(2)
+        latent = attnkern.functional.query_attention_pool(
+            z, self.query, heads=2, k_weight=wk, k_bias=bk, v_weight=wv, v_bias=bv, impl=self.impl
+        )
+        return latent, scores
+
+
+def test_a_pool_goes_through_a_file(target, tmp_path):
+    torch.manual_seed(0)
+    model = _Pool(target.impl).to(target.device).eval()
+    x = torch.randn(3, 11, 12, device=target.device)
+    mask = torch.rand(3, 11, device=target.device) > 0.3
+    batch, items = torch.export.Dim("batch"), torch.export.Dim("items")
+    shapes = {"x": {0: batch, 1: items}, "mask": {0: batch, 1: items}}
+    program = torch.export.export(model, (x, mask), dynamic_shapes=shapes)
+    operators = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    if target.impl != "reference":
+        assert operators.count(f"attnkern.softmax_pool_fwd.{target.impl}") == 2
+    path = tmp_path / "pool.pt2"
+    torch.export.save(program, path)
+    other = torch.randn(2, 40, 12, device=target.device)
+    keep = torch.rand(2, 40, device=target.device) > 0.5
+    torch.save({"x": other, "mask": keep, "want": model(other, keep)}, tmp_path / "io.pt")
+    out = fresh(
+        f"""
+        import torch, attnkern
+        pool = torch.export.load({str(path)!r}).module()
+        io = torch.load({str(tmp_path / "io.pt")!r}, weights_only=True)
+        torch.testing.assert_close(pool(io["x"], io["mask"]), io["want"])
+        print("equal")
+        """
+    )
+    assert out.split() == ["equal"]
