@@ -1,7 +1,7 @@
 """``optimize`` and ``restore``: serve the modules of an existing model without replacing them.
 
 An instance keeps its class, parameters, buffers, hooks and state_dict; it gains one attribute,
-``forward``, a partial of a function in `attnkern.integrations` over the instance itself.  A partial
+``forward`` (or another method), a partial of a function in `attnkern.integrations` over itself.  A partial
 is copied by ``deepcopy`` through its memo (the copy runs on its own parameters), pickled by name
 and traced by ``torch.compile``; deleting it restores the class's forward.
 
@@ -20,7 +20,7 @@ from torch import nn
 
 from attnkern import _checks, integrations
 from attnkern._select import IMPLS, select
-from attnkern.integrations import Rule, is_rerouted
+from attnkern.integrations import Rule, rerouted
 
 _HEADER = ("name", "class", "op", "implementation", "reason")
 
@@ -109,7 +109,7 @@ def optimize(
         raise ValueError("\n".join([f"optimize: {len(lines)} modules cannot be served:", *lines]))
     if not dry_run:
         for module, rule in served:
-            _reroute(module, rule.forward, impl)
+            _reroute(module, rule.method, rule.forward, impl)
     return report
 
 
@@ -121,8 +121,8 @@ def restore(model: nn.Module) -> None:
     if not isinstance(model, nn.Module):
         raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
-        if is_rerouted(module):
-            for attribute in ("forward", "_replicate_for_data_parallel"):
+        if methods := rerouted(module):
+            for attribute in (*methods, "_replicate_for_data_parallel"):
                 module.__dict__.pop(attribute, None)
 
 
@@ -132,7 +132,7 @@ def _plan(model: nn.Module, impl: str) -> tuple[Report, list[tuple[nn.Module, Ru
     skipped: dict[nn.Module, Row] = {}
     order = list(model.named_modules())
     for name, module in reversed(order):
-        rule = integrations.find(type(module))
+        rule = integrations.find(module)
         if rule is None:
             continue
         part = getattr(module, rule.part) if rule.part else None
@@ -143,11 +143,13 @@ def _plan(model: nn.Module, impl: str) -> tuple[Report, list[tuple[nn.Module, Ru
             part_rule, row = served[part]
             served[part] = part_rule, row._replace(reason=f"not fused with {name}: {reason}")
             continue
-        chosen = ""
+        chosen = note = ""
         if not reason:
-            weight = rule.read(module)[0]
-            chosen = select(rule.op.partition("(")[0], impl, weight.device, weight.dtype)
-        row = Row(name or "(model)", type(module).__name__, rule.op, chosen, reason or "")
+            arguments = rule.read(module)
+            op, weight = rule.op.partition("(")[0], arguments[0]
+            chosen = select(op, impl, weight.device, weight.dtype, rule.operator)
+            note = getattr(arguments, "note", "")
+        row = Row(name or "(model)", type(module).__name__, rule.op, chosen, reason or note)
         if reason:
             skipped[module] = row
         else:
@@ -161,22 +163,23 @@ def _plan(model: nn.Module, impl: str) -> tuple[Report, list[tuple[nn.Module, Ru
 
 
 def _refuse(module: nn.Module, rule: Rule) -> str | None:
-    if "forward" in module.__dict__ and not is_rerouted(module):
-        forward = module.__dict__["forward"]
+    if rule.method in module.__dict__ and rule.method not in rerouted(module):
+        forward = module.__dict__[rule.method]
         owner = getattr(forward, "func", forward)  # through a functools.partial
         owner = owner if hasattr(owner, "__qualname__") else type(owner)
-        return f"its forward was replaced by {owner.__module__}.{owner.__qualname__}"
+        return f"its {rule.method} was replaced by {owner.__module__}.{owner.__qualname__}"
     return rule.refuse(module)
 
 
-def _reroute(module: nn.Module, forward: Any, impl: str) -> None:
-    module.__dict__["forward"] = functools.partial(forward, module, impl=impl)
+def _reroute(module: nn.Module, method: str, forward: Any, impl: str) -> None:
+    module.__dict__[method] = functools.partial(forward, module, impl=impl)
     module.__dict__["_replicate_for_data_parallel"] = functools.partial(_replicate, module)
 
 
 def _replicate(module: nn.Module) -> nn.Module:
-    """``nn.DataParallel``'s shallow copy, with its forward over the copy."""
+    """``nn.DataParallel``'s shallow copy, with its methods over the copy."""
     replica = type(module)._replicate_for_data_parallel(module)
-    forward = module.__dict__["forward"]
-    _reroute(replica, forward.func, **forward.keywords)
+    for method in rerouted(module):
+        forward = module.__dict__[method]
+        _reroute(replica, method, forward.func, **forward.keywords)
     return replica

@@ -1,6 +1,8 @@
 """Which class of which library maps to which operator: one file per library, all found here.
 
 Rules name classes by their qualified names, so no library is imported before a model uses it.
+Code that people copy rather than install is matched by structure: its children, the names that its
+forward refers to, and one trial that must give what ours gives.
 """
 
 from __future__ import annotations
@@ -12,9 +14,10 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 
 from attnkern._activations import qualified_name
+from attnkern.integrations._structure import agrees, refers_to
 
 
 @dataclass(frozen=True)
@@ -22,61 +25,94 @@ class Rule:
     """How instances of one class are served.
 
     Attributes:
-        cls: qualified name of the class.
+        cls: qualified name of the class, or what the report calls a structure.
         op: what serves it, for the report.
+        operator: what an implementation must have a kernel of.
         read: module -> the operator's arguments, a weight first, or the reason (str) why it cannot
-            be served.
-        forward: ``forward(module, x, *, impl)``, the rerouted forward: picklable by name.
+            be served.  A ``note`` among them goes to the report.
+        forward: ``forward(module, x, *, impl)``, the rerouted method: picklable by name.
         names: for each method that ``forward`` stands in for, the names its code refers to, in
-            order.  A version of the library whose code refers to others is left alone.
+            order; a tuple where versions differ.  A version of the library whose code refers to
+            others is left alone.
         part: the child that must be served itself for this rule to apply (a block around it).
+        method: the method that is rerouted.
+        structure: whether a module of any class has the children that are looked for.
+        trial: with ``structure``, inputs for one comparison of the module's forward with ours.
     """
 
     cls: str
     op: str
+    operator: str
     read: Callable[[nn.Module], Any]
     forward: Callable[..., Any]
-    names: dict[str, str]
+    names: dict[str, str | tuple[str, ...]]
     part: str | None = None
+    method: str = "forward"
+    structure: Callable[[nn.Module], bool] | None = None
+    trial: Callable[[nn.Module], tuple[Tensor, ...]] | None = None
 
     def refuse(self, module: nn.Module) -> str | None:
         """Why ``module`` cannot be served; None when it can."""
         cls = type(module)
-        base = next(base for base in cls.__mro__ if qualified_name(base) == self.cls)
+        base = self._base(cls)
         for method, names in self.names.items():
             own = getattr(cls, method)
             if own is not getattr(base, method) or (
-                method != "forward" and method in module.__dict__
+                method != self.method and method in module.__dict__
             ):
                 return f"{cls.__name__} has its own {method}"
-            code = getattr(own, "__code__", None)
-            if code is None or list(code.co_names) != names.split():
-                return f"this version of {self.cls} has another {method}"
+            if not refers_to(own, names):
+                what = "has" if self.structure else f"this version of {self.cls} has"
+                return f"{what} another {method}" + (f" than {self.cls}" if self.structure else "")
         arguments = self.read(module)
-        return arguments if isinstance(arguments, str) else None
+        if isinstance(arguments, str):
+            return arguments
+        if self.trial and not agrees(module, self.method, self.forward, self.trial(module)):
+            return f"its {self.method} gives other results than {self.cls}"
+        return None
+
+    def _base(self, cls: type) -> type:
+        """The class whose methods ``forward`` stands in for: of a structure, the first known one."""
+        if not self.structure:
+            return next(base for base in cls.__mro__ if qualified_name(base) == self.cls)
+        names = self.names[self.method]
+        own = (base for base in cls.__mro__ if self.method in vars(base))
+        return next((base for base in own if refers_to(vars(base)[self.method], names)), cls)
+
+
+def _is_ours(method: Any) -> bool:
+    return isinstance(method, functools.partial) and getattr(
+        method.func, "__module__", ""
+    ).startswith(f"{__name__}.")
 
 
 def is_rerouted(module: nn.Module) -> bool:
     """Whether ``forward`` of this instance is one of ours (by `attnkern.optimize`)."""
-    forward = module.__dict__.get("forward")
-    function = forward.func if isinstance(forward, functools.partial) else None
-    return function is not None and function.__module__.startswith(f"{__name__}.")
+    return _is_ours(module.__dict__.get("forward"))
 
 
-def _load() -> dict[str, Rule]:
-    rules = {}
-    for library in pkgutil.iter_modules(__path__, f"{__name__}."):
-        for rule in getattr(importlib.import_module(library.name), "RULES", ()):
-            rules[rule.cls] = rule
-    return rules
+def rerouted(module: nn.Module) -> list[str]:
+    """The methods of this instance that are ours."""
+    return [name for name, value in module.__dict__.items() if _is_ours(value)]
+
+
+def _load() -> list[Rule]:
+    return [
+        rule
+        for library in pkgutil.iter_modules(__path__, f"{__name__}.")
+        for rule in getattr(importlib.import_module(library.name), "RULES", ())
+    ]
 
 
 _rules: dict[str, Rule] = {}
 
 
-def find(cls: type) -> Rule | None:
-    """The rule for ``cls`` or for the nearest base that has one."""
+def find(module: nn.Module) -> Rule | None:
+    """The rule for the module's class, for the nearest base that has one, or for its structure."""
     if not _rules:
-        _rules.update(_load())
-    names = map(qualified_name, cls.__mro__)
-    return next((_rules[name] for name in names if name in _rules), None)
+        _rules.update((rule.cls, rule) for rule in _load())
+    names = map(qualified_name, type(module).__mro__)
+    rule = next((_rules[name] for name in names if name in _rules), None)
+    if rule or type(module).__module__.partition(".")[0] == "torch":
+        return rule
+    return next((r for r in _rules.values() if r.structure and r.structure(module)), None)

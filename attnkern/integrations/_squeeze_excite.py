@@ -51,7 +51,7 @@ def altered(module: nn.Module) -> str | None:
 def read(fc1: Any, act: Any, fc2: Any, gate: Any) -> Arguments | str:
     """The arguments of a two-layer MLP, or why its children cannot be inlined."""
     hidden, out = _activations.read(act), _activations.read(gate)
-    if reason := _refuse_conv(fc1) or _refuse_conv(fc2):
+    if reason := refuse_conv(fc1) or refuse_conv(fc2):
         return reason
     if reason := _refuse("activation", act, hidden, ACTS) or _refuse("gate", gate, out, GATES):
         return reason
@@ -64,13 +64,13 @@ def read(fc1: Any, act: Any, fc2: Any, gate: Any) -> Arguments | str:
 def read_one_layer(fc: Any, gate: Any) -> Arguments | str:
     """The arguments of effective squeeze-and-excitation's one layer, or why not."""
     out = _activations.read(gate)
-    if reason := _refuse_conv(fc) or _refuse("gate", gate, out, GATES):
+    if reason := refuse_conv(fc) or _refuse("gate", gate, out, GATES):
         return reason
     assert out is not None
     return Arguments(*weight_and_bias(fc), None, None, "identity", 0.01, None, out.name)
 
 
-def _refuse_conv(conv: Any) -> str | None:
+def refuse_conv(conv: Any) -> str | None:
     if type(conv) is not nn.Conv2d:
         return f"its 1x1 convolution is a {_activations.qualified_name(type(conv))}"
     if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):

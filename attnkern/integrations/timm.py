@@ -63,6 +63,7 @@ def legacy_se(module: Any, x: Any, *, impl: str) -> Any:
 _SE = Rule(
     "timm.layers.squeeze_excite.SEModule",
     "squeeze_excite",
+    "squeeze_excite_fwd",
     _read_se,
     se,
     {"forward": "mean add_maxpool amax fc1 act bn fc2 gate"},
@@ -70,6 +71,7 @@ _SE = Rule(
 _EFFECTIVE_SE = Rule(
     "timm.layers.squeeze_excite.EffectiveSEModule",
     "squeeze_excite",
+    "squeeze_excite_fwd",
     _read_effective_se,
     effective_se,
     {"forward": "mean add_maxpool amax fc gate"},
@@ -77,6 +79,7 @@ _EFFECTIVE_SE = Rule(
 _EFFICIENTNET_SE = Rule(
     "timm.models._efficientnet_blocks.SqueezeExcite",
     "squeeze_excite",
+    "squeeze_excite_fwd",
     _read_efficientnet_se,
     efficientnet_se,
     {"forward": "mean conv_reduce act1 conv_expand gate"},
@@ -84,6 +87,7 @@ _EFFICIENTNET_SE = Rule(
 _LEGACY_SE = Rule(
     "timm.models.senet.SEModule",
     "squeeze_excite",
+    "squeeze_excite_fwd",
     _read_legacy_se,
     legacy_se,
     {"forward": "mean fc1 relu fc2 sigmoid"},
@@ -216,6 +220,7 @@ RULES = (
     Rule(
         "timm.models.resnet.BasicBlock",
         _FUSED,
+        "squeeze_excite_fwd",
         _read_basic_block,
         basic_block,
         {"forward": "conv1 bn1 drop_block act1 aa conv2 bn2 se drop_path downsample act2"},
@@ -224,6 +229,7 @@ RULES = (
     Rule(
         "timm.models.resnet.Bottleneck",
         _FUSED,
+        "squeeze_excite_fwd",
         _read_bottleneck,
         bottleneck,
         {
@@ -235,6 +241,7 @@ RULES = (
     Rule(
         "timm.models.senet.Bottleneck",
         _FUSED,
+        "squeeze_excite_fwd",
         _read_legacy_block,
         legacy_bottleneck,
         {"forward": "conv1 bn1 relu conv2 bn2 conv3 bn3 downsample se_module"},
@@ -243,6 +250,7 @@ RULES = (
     Rule(
         "timm.models.senet.SEResNetBlock",
         _FUSED,
+        "squeeze_excite_fwd",
         _read_legacy_block,
         legacy_basic_block,
         {"forward": "conv1 bn1 relu conv2 bn2 downsample se_module"},

@@ -28,6 +28,7 @@ RULES = (
     Rule(
         "torchvision.ops.misc.SqueezeExcitation",
         "squeeze_excite",
+        "squeeze_excite_fwd",
         _read,
         squeeze_excitation,
         {"forward": "_scale", "_scale": "avgpool fc1 activation fc2 scale_activation"},

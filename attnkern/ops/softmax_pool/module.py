@@ -188,9 +188,7 @@ class QueryAttentionPool(_Pool):
 
     def forward(self, x: Tensor, **call: Any) -> Any:
         return self._head(
-            query_attention_pool(
-                x, self.q(self.latent).to(x.dtype), **_halves(self.kv), **self.options, **call
-            )
+            query_attention_pool(x, self.q(self.latent), **_halves(self.kv), **self.options, **call)
         )
 
     def _head(self, pooled: Any) -> Any:
@@ -252,16 +250,16 @@ class AdditiveAttentionPool(_Pool):
         self.full_att = nn.Linear(hidden, 1, bias, **factory)
 
     def project_keys(self, x: Tensor) -> Tensor:
-        """W x_n + b in x's layout and dtype: [B, N, K] or [B, K, *spatial]."""
+        """W x_n + b in x's layout: [B, N, K] or [B, K, *spatial]."""
         if x.dim() > 3 or self.options["channels_first"]:
-            return self.encoder_att(x.movedim(1, -1)).movedim(-1, 1).to(x.dtype)
-        return self.encoder_att(x).to(x.dtype)
+            return self.encoder_att(x.movedim(1, -1)).movedim(-1, 1)
+        return self.encoder_att(x)
 
     def forward(self, x: Tensor, h: Tensor, keys: Tensor | None = None, **call: Any) -> Any:
         return additive_attention_pool(
             keys=self.project_keys(x) if keys is None else keys,
             values=x,
-            query=self.decoder_att(h).to(x.dtype),
+            query=self.decoder_att(h),
             v=self.full_att.weight,
             c=self.full_att.bias,
             **self.options,

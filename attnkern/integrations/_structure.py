@@ -1,0 +1,68 @@
+"""Recognises code that is copied rather than installed: by its children, its names and one trial."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+def has(module: nn.Module, names: str) -> bool:
+    """Whether ``module`` has exactly these children and parameters."""
+    return {*module._modules, *module._parameters} == set(names.split())
+
+
+def refers_to(method: Any, names: str | tuple[str, ...]) -> bool:
+    """Whether the code of ``method`` refers to these names in this order, or to one of these."""
+    code = getattr(method, "__code__", None)
+    known = (names,) if isinstance(names, str) else names
+    return code is not None and list(code.co_names) in [line.split() for line in known]
+
+
+class _Trial(nn.Module):
+    """Calls a method of a module without the module's hooks."""
+
+    def __init__(self, module: nn.Module):
+        super().__init__()
+        self.module = module
+
+    def forward(self, method: Callable[..., Any], *inputs: Tensor) -> Any:
+        return method(self.module, *inputs)
+
+
+def agrees(
+    module: nn.Module, method: str, ours: Callable[..., Any], inputs: tuple[Tensor, ...]
+) -> bool:
+    """Whether the method computes what ``ours`` does, in float64 with random parameters, in eval mode."""
+    generator = torch.Generator().manual_seed(0)
+    trial = _Trial(module)
+    state = {}
+    for name, t in (*trial.named_parameters(), *trial.named_buffers()):
+        values = torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu")
+        state[name] = values / max(1, t.shape[-1] if t.dim() else 1) ** 0.5
+    modes = [(m, m.training) for m in module.modules()]
+    try:
+        for m, _ in modes:
+            m.training = False
+        with torch.no_grad(), torch.autocast("cpu", enabled=False):
+            want = torch.func.functional_call(
+                trial, state, (getattr(type(module), method), *inputs)
+            )
+            got = torch.func.functional_call(
+                trial, state, (lambda m, *x: ours(m, *x, impl="reference"), *inputs)
+            )
+    except Exception:  # whatever it computes, it is not what was looked for
+        return False
+    finally:
+        for m, mode in modes:
+            m.training = mode
+    if type(got) is not type(want):
+        return False
+    pairs = [*zip(got, want, strict=False)] if isinstance(got, tuple) else [(got, want)]
+    same = not isinstance(got, tuple) or len(got) == len(want)
+    return same and all(
+        isinstance(w, Tensor) and g.shape == w.shape and torch.allclose(g, w, 1e-8, 1e-10)
+        for g, w in pairs
+    )

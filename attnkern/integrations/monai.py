@@ -1,0 +1,46 @@
+"""MONAI: the attention of ``MILModel``, between its backbone and its classifier."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+
+from attnkern.integrations import Rule, _softmax_pool
+from attnkern.integrations._squeeze_excite import altered
+
+
+def _read(m: Any) -> Any:
+    if m.mil_mode not in ("att", "att_trans"):
+        return f"mil_mode={m.mil_mode!r}: only att and att_trans pool what the head is given"
+    layers = m.attention
+    if type(layers) is not nn.Sequential or len(layers) != 3:
+        return f"its attention is {layers}"
+    if reason := altered(layers):
+        return f"its attention {reason}"
+    return _softmax_pool.read_gated(*layers)
+
+
+def calc_head(module: Any, x: Any, *, impl: str) -> Any:
+    arguments = _read(module)
+    if not _softmax_pool.ready(module, arguments, x) or x.dim() != 3:
+        return type(module).calc_head(module, x)
+    if module.mil_mode == "att_trans":
+        x = module.transformer(x.permute(1, 0, 2)).permute(1, 0, 2)
+    return module.myfc(_softmax_pool.gated_pool(x, arguments, impl).squeeze(1))
+
+
+RULES = (
+    Rule(
+        "monai.networks.nets.milmodel.MILModel",
+        "gated_attention_pool",
+        "softmax_pool_fwd",
+        _read,
+        calc_head,
+        {
+            "calc_head": "shape mil_mode myfc torch mean max attention softmax sum transformer "
+            "permute extra_outputs reshape cast nn ModuleList cat ValueError str"
+        },
+        method="calc_head",
+    ),
+)
