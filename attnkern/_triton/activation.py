@@ -50,6 +50,8 @@ def activation(h, slope, ACT: tl.constexpr):
         out = h
     elif ACT == "relu":
         out = tl.where(h <= 0, 0.0, h)
+    elif ACT == "tanh":
+        out = tanh(h)
     elif ACT == "relu6":
         out = clamp(h, 0.0, 6.0)
     elif ACT == "leaky_relu" or ACT == "prelu":
@@ -74,6 +76,9 @@ def activation_grad(g, h, slope, ACT: tl.constexpr):
         out = g
     elif ACT == "relu":
         out = tl.where(h <= 0, 0.0, g)
+    elif ACT == "tanh":
+        t = tanh(h)
+        out = g * (1.0 - t) * (1.0 + t)
     elif ACT == "relu6":
         out = tl.where((h <= 0) | (h >= 6), 0.0, g)
     elif ACT == "leaky_relu" or ACT == "prelu":
@@ -119,8 +124,7 @@ def gate_grad(g, z, slope, offset, GATE: tl.constexpr):
     elif GATE == "relu":
         out = tl.where(z <= 0, 0.0, g)
     elif GATE == "tanh":
-        t = tanh(z)
-        out = g * (1.0 - t) * (1.0 + t)
+        out = activation_grad(g, z, 0.0, "tanh")
     else:
         tl.static_assert(GATE == "hard_sigmoid")
         v = slope * z + offset

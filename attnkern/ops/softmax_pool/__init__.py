@@ -1,5 +1,6 @@
 """Softmax-weighted pooling; README.md here has the derivation, reference.py the formulas."""
 
+from attnkern import _triton
 from attnkern.ops.softmax_pool.functions import (
     additive_attention_pool,
     context_attention_pool,
@@ -29,3 +30,5 @@ __all__ = [
     "query_attention_pool",
     "softmax_pool",
 ]
+
+_triton.serve("attnkern.ops.softmax_pool.triton", "softmax_pool_fwd", "softmax_pool_bwd")

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from attnkern import _layout
 from attnkern._triton import LAUNCH
+from attnkern._triton.device import processors
 from attnkern._triton.linear import Layer
 
 Arguments = dict[str, Any]
@@ -80,14 +81,6 @@ def elementwise(shape: Shape, elements: int) -> list[Arguments]:
 def grid(shape: Shape, tile: dict[str, int]) -> tuple[int]:
     tiles = triton.cdiv(shape.rows, tile["ROWS"]) * triton.cdiv(shape.cols, tile["COLS"])
     return (shape.batch * tiles,)
-
-
-@functools.cache
-def processors(device: torch.device) -> int:
-    """Streaming multiprocessors; 8 for the interpreter, where small cases must split too."""
-    if device.type != "cuda":
-        return 8
-    return torch.cuda.get_device_properties(device).multi_processor_count
 
 
 def splits(shape: Shape, tile: dict[str, int], device: torch.device) -> tuple[int, int, int]:

@@ -1,0 +1,43 @@
+"""Products of small matrices on float32 accumulators.
+
+EXACT multiplies in IEEE float32.  Otherwise tensor cores multiply in TF32, whose 11 bits hold every
+bfloat16 and float16; a float32 factor is rounded to nearest first, since the hardware truncates.
+The interpreter is wrong for some products of bfloat16, so there every product is one of float32.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnkern._select import _interpreting
+
+INTERPRETED = tl.constexpr(_interpreting)
+
+
+@triton.jit
+def round_to_tf32(v):
+    """v with 10 bits of mantissa; NaN, whose bits the sum could carry into the sign, stays."""
+    bits = v.to(tl.int32, bitcast=True)
+    rounded = ((bits + 0x1000) & -0x2000).to(tl.float32, bitcast=True)
+    return tl.where(v == v, rounded, v)
+
+
+@triton.jit
+def product(a, b, acc, EXACT: tl.constexpr):
+    """acc + a b for float32 a and float32 b that hold 16-bit values unless EXACT."""
+    if EXACT or INTERPRETED:
+        out = tl.dot(a if EXACT else round_to_tf32(a), b, acc, input_precision="ieee")
+    else:
+        out = tl.dot(round_to_tf32(a), b, acc, input_precision="tf32")
+    return out
+
+
+@triton.jit
+def product_of_stored(a, b, acc):
+    """acc + a b for a and b of one storage dtype: no product is rounded."""
+    if a.dtype == tl.float32 or INTERPRETED:
+        out = tl.dot(a.to(tl.float32), b.to(tl.float32), acc, input_precision="ieee")
+    else:
+        out = tl.dot(a, b, acc)
+    return out

@@ -1,0 +1,290 @@
+"""softmax_pool in Triton, the portable GPU path: launchers of the kernels beside it.
+
+Forward: pool (scores, maximum and sum, z of a split of the items), merge where there are splits.
+Backward: weights (p, de and dq), items (dvalues, dkeys); for the gated scorer, a segment of items
+at a time, hidden_grad (da, db, h), items and outer (dV, dU, dw).  Partial sums are added in a fixed
+order, so results repeat bit for bit.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+import triton
+from torch import Tensor
+
+from attnkern._triton import LAUNCH
+from attnkern._triton.linear import sum_rows
+from attnkern.ops.softmax_pool import triton_plan as plan
+from attnkern.ops.softmax_pool.reference import Inputs, Options
+from attnkern.ops.softmax_pool.triton_backward import items_kernel, weights_kernel
+from attnkern.ops.softmax_pool.triton_forward import merge_kernel, pool_kernel
+from attnkern.ops.softmax_pool.triton_gated import HiddenGrad
+
+
+def _stride(t: Tensor | None, dim: int) -> int:
+    """Elements between entries of a dense small tensor, 0 where it broadcasts."""
+    return 0 if t is None or t.shape[dim] == 1 else t.stride(dim)
+
+
+def _scorer(
+    i: Inputs, o: Options, shape: plan.Shape, scores: Tensor | None, block: dict[str, int]
+) -> plan.Arguments:
+    """The arguments of a kernel that scores items."""
+    keys = i.values if i.keys is None else i.keys
+    return {
+        **plan.strided("values", i.values),
+        **plan.strided("keys", None if o.scorer == "given" else keys),
+        **{name: getattr(i, name) for name in ("query", "V", "b_V", "U", "b_U", "w", "c")},
+        "scores": scores,
+        "bias": i.bias,
+        "offsets": i.offsets,
+        "heads": shape.heads,
+        "items": shape.items,
+        "queries": shape.queries,
+        "features": shape.features,
+        "units": shape.units,
+        "scale": o.scale,
+        "query_batch": _stride(i.query, 0),
+        "c_batch": _stride(i.c, 0),
+        "bias_batch": _stride(i.bias, 0),
+        "bias_head": _stride(i.bias, 1),
+        "bias_query": _stride(i.bias, 2),
+        "SCORER": o.scorer,
+        "ACT": o.act,
+        "EXACT": i.values.dtype == torch.float32,
+        **block,
+        **LAUNCH,
+    }
+
+
+def _programs(shape: plan.Shape, block: dict[str, int], rows: int) -> tuple[int]:
+    return (rows * triton.cdiv(shape.queries, block["BLOCK_M"]),)
+
+
+# ------------------------------------------------------------------ forward
+
+
+def softmax_pool_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+    *tensors, scorer, act, scale, return_scores = arguments
+    i, o = Inputs(*tensors), Options(scorer, act, scale)
+    shape = plan.shape_of(i)
+    rows = (shape.batch, shape.heads, shape.queries)
+    z = i.values.new_empty(*rows, shape.features)
+    lse = z.new_empty(rows, dtype=torch.float32)
+    scores = i.scores
+    if scores is None:
+        scores = lse.new_empty(i.values.shape[0], shape.heads, shape.queries, shape.items)
+    block = plan.blocks(i, shape)
+    splits = plan.splits(shape, block)
+    partial = largest = total = None
+    if splits > 1:
+        partial = lse.new_empty(splits, *z.shape)
+        largest, total = lse.new_empty(2, splits, *rows)
+    with torch.cuda.device_of(z):
+        pool_kernel[_programs(shape, block, shape.batch * shape.heads * splits)](
+            **_scorer(i, o, shape, scores, block),
+            z=z if partial is None else partial,
+            lse=lse,
+            largest_out=largest,
+            total_out=total,
+            splits=splits,
+        )
+        if partial is not None:
+            block_d = plan.power(shape.features, 16, 64)
+            merge_kernel[lse.numel(), triton.cdiv(shape.features, block_d)](
+                partial,
+                largest,
+                total,
+                z,
+                lse,
+                lse.numel(),
+                shape.features,
+                splits,
+                BLOCK_S=16,
+                BLOCK_D=block_d,
+                **LAUNCH,
+            )
+    if not return_scores:
+        return z, lse, lse.new_empty(0)
+    return z, lse, scores.clone() if scores is i.scores else scores
+
+
+# ------------------------------------------------------------------ backward
+
+
+def softmax_pool_bwd(
+    dz: Tensor, delta: Tensor, dscores: Tensor | None, *arguments: Any
+) -> tuple[Tensor, ...]:
+    *tensors, lse, scorer, act, scale = arguments[:16]
+    need_values, need_keys, need_query, need_weights, need_logits = arguments[16:]
+    i, o = Inputs(*tensors), Options(scorer, act, scale)
+    shape = plan.shape_of(i)
+    none = i.values.new_empty(0)
+
+    def like(t: Tensor | None, needed: bool) -> Tensor:
+        return torch.empty_like(t) if t is not None and needed else none
+
+    def accumulated(t: Tensor | None, needed: bool = True) -> Tensor:
+        return t.new_empty(t.shape, dtype=lse.dtype) if t is not None and needed else none
+
+    dvalues, dkeys = like(i.values, need_values), like(i.keys, need_keys)
+    dquery = accumulated(i.query, need_query)
+    weights = [accumulated(t, need_weights) for t in (i.V, i.b_V, i.U, i.b_U, i.w)]
+    by_item = (i.values.shape[0], shape.heads, shape.queries, shape.items)
+    dlogits = lse.new_empty(by_item) if need_logits else none
+
+    shared = i.keys is None and scorer != "given"
+    to_keys = need_keys or (need_values and shared)
+    p = lse.new_empty(by_item) if need_values else None
+    de = lse.new_empty(by_item) if to_keys or need_query or need_weights else None
+    with torch.cuda.device_of(dz):
+        _weights_grad(
+            i, o, shape, dz, delta, dscores, lse, p, de, dlogits if need_logits else None,
+            dquery if need_query or (need_weights and scorer == "additive") else None,
+            weights[4] if need_weights and scorer == "additive" else None,
+        )  # fmt: skip
+        if scorer == "gated":
+            if de is not None:
+                _gated_grad(i, o, shape, dz, p, de, dvalues, weights if need_weights else None)
+        else:
+            if need_values:
+                own = o if shared else o._replace(scorer="given")
+                _items_grad(i, own, shape, i.values, p, dz, de, dvalues)
+            if need_keys and i.keys is not None:
+                _items_grad(i, o, shape, i.keys, None, dz, de, dkeys)
+    return (dvalues, dkeys, dquery, dlogits, *weights)
+
+
+def _weights_grad(
+    i: Inputs,
+    o: Options,
+    shape: plan.Shape,
+    dz: Tensor,
+    delta: Tensor,
+    dscores: Tensor | None,
+    lse: Tensor,
+    p: Tensor | None,
+    de: Tensor | None,
+    dlogits: Tensor | None,
+    dquery: Tensor | None,
+    dw: Tensor | None,
+) -> None:
+    block = plan.blocks(i, shape)
+    samples = 1
+    if dquery is not None and i.query is not None and i.query.shape[0] == 1:
+        samples = plan.samples(shape, block)
+    groups = triton.cdiv(shape.batch, samples)
+    splits = plan.splits(shape, block, groups * shape.heads)
+    programs = _programs(shape, block, groups * shape.heads * splits)
+    parts = dw_parts = None
+    if dquery is not None:
+        assert i.query is not None
+        parts = lse.new_empty(splits * (groups if i.query.shape[0] == 1 else 1), *i.query.shape)
+    if dw is not None:
+        dw_parts = lse.new_empty(programs[0], shape.units)
+    weights_kernel[programs](
+        **_scorer(i, o, shape, i.scores, block),
+        lse=lse,
+        dz=dz,
+        delta=delta,
+        dscores=dscores,
+        p_out=p,
+        de_out=de,
+        dlogits=dlogits,
+        dquery=parts,
+        dw=dw_parts,
+        batch=shape.batch,
+        splits=splits,
+        samples=samples,
+    )
+    if parts is not None and dquery is not None and dquery.numel():
+        sum_rows(parts.flatten(1), dquery)
+    if dw_parts is not None and dw is not None:
+        sum_rows(dw_parts, dw)
+
+
+def _items_grad(
+    i: Inputs,
+    o: Options,
+    shape: plan.Shape,
+    x: Tensor,
+    p: Tensor | None,
+    dz: Tensor,
+    de: Tensor | None,
+    dx: Tensor,
+    skipped: int = 0,
+    **gated: Tensor | None,
+) -> None:
+    """dx of the items of ``shape``, which for the gated scorer may be a segment of them."""
+    weights = de if p is None else p
+    assert weights is not None
+    features = x.shape[3]
+    block = plan.spread(shape, features)
+    rows = shape.batch * shape.heads
+    splits = plan.item_splits(shape, block)
+    items_kernel[rows * splits, triton.cdiv(features, block["BLOCK_F"])](
+        **plan.strided("x", x),
+        **plan.strided("dx", dx),
+        **{name: gated.get(name) for name in ("da", "db", "V", "U")},
+        p=p,
+        dz=dz,
+        de=de,
+        query=i.query,
+        w=i.w,
+        offsets=i.offsets,
+        heads=shape.heads,
+        items=shape.items,
+        queries=shape.queries,
+        features=features,
+        units=shape.units,
+        splits=splits,
+        skipped=skipped,
+        weights_batch=_stride(weights, 0),
+        weights_head=_stride(weights, 1),
+        weights_query=_stride(weights, 2),
+        query_batch=_stride(i.query, 0),
+        SCORER=o.scorer,
+        ACT=o.act,
+        EXACT=x.dtype == torch.float32,
+        **block,
+        **LAUNCH,
+    )
+
+
+def _gated_grad(
+    i: Inputs,
+    o: Options,
+    shape: plan.Shape,
+    dz: Tensor,
+    p: Tensor | None,
+    de: Tensor,
+    dvalues: Tensor,
+    grads: list[Tensor] | None,
+) -> None:
+    """dvalues, and dV, db_V, dU, db_U, dw in ``grads``, a segment of the items at a time."""
+    parts = plan.segments(shape, i.values)
+    hidden = HiddenGrad(i, o, shape, parts, grads)
+    for b0, b1, n0, n1 in parts:
+        here = i._replace(values=i.values[b0:b1, :, n0:n1])
+        part_de = de[b0:b1, :, :, n0:n1]
+        da, db = hidden.segment(here.values, part_de)
+        if p is not None:
+            rows = slice(None) if shape.ragged else slice(b0, b1)
+            _items_grad(
+                here,
+                o,
+                shape._replace(batch=dz[rows].shape[0], items=n1 - n0),
+                here.values,
+                p[b0:b1, :, :, n0:n1],
+                dz[rows],
+                part_de,
+                dvalues[b0:b1, :, n0:n1],
+                skipped=n0,
+                da=da,
+                db=db,
+                V=i.V,
+                U=i.U,
+            )
+    hidden.finish()

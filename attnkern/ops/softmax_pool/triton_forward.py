@@ -1,0 +1,198 @@
+"""Forward Triton kernels of softmax_pool; legend in triton_items.py."""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnkern.ops.softmax_pool.triton_items import (
+    add_weighted,
+    load_items,
+    load_weights,
+    logits,
+    over_items,
+    score,
+    span,
+)
+
+
+@triton.jit(do_not_specialize=["heads", "queries", "splits"])
+def pool_kernel(
+    values,
+    keys,
+    query,
+    scores,
+    V,
+    b_V,
+    U,
+    b_U,
+    w,
+    c,
+    bias,
+    offsets,
+    z,
+    lse,
+    largest_out,
+    total_out,
+    heads,
+    items,
+    queries,
+    features,
+    units,
+    splits,
+    scale,
+    values_batch,
+    values_head,
+    values_item,
+    values_feature,
+    keys_batch,
+    keys_head,
+    keys_item,
+    keys_feature,
+    query_batch,
+    c_batch,
+    bias_batch,
+    bias_head,
+    bias_query,
+    SCORER: tl.constexpr,
+    ACT: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+):
+    """
+    Computes  e, l = scale e + bias, and over a split of the items max l, sum exp(l - max) and
+              z = sum_n exp(l - max) v[n]; with one split lse and z themselves
+    Layout    scores [B, H, M, N] float32: given, or written; z [splits, B, H, M, D]
+    Mapping   a program owns one row, one split and BLOCK_M queries: scores of the split, then their
+              maximum and sum, then z by blocks of features
+    Traffic   x from memory once; again from L1 or L2 for z where scores are made of x too
+    Numerics  float32, tiles in order, a tree within a tile; scores pass in memory, at a barrier
+    """
+    blocks = tl.cdiv(queries, BLOCK_M)
+    pid = tl.program_id(0).to(tl.int64)
+    m0 = (pid % blocks) * BLOCK_M
+    m = m0 + tl.arange(0, BLOCK_M)
+    split = (pid // blocks) % splits
+    row = pid // blocks // splits
+    b = row // heads
+    h = row % heads
+    sample = b if offsets is None else b * 0
+    in_m = m < queries
+    first, last = span(offsets, b, split, splits, 0, items, BLOCK_N)
+    values += sample * values_batch + h * values_head
+    scores += (sample * heads + h) * queries * items
+    if bias is not None:
+        bias += sample * bias_batch + h * bias_head
+
+    if SCORER != "given":
+        keys += sample * keys_batch + h * keys_head
+        if query is not None:
+            query += b * query_batch + h * queries * units
+        if c is not None:
+            c += b * c_batch + h * queries
+        for n0 in range(first, last, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
+            e = score(
+                m0, m, in_m, n, n < last, keys, keys_item, keys_feature, query, V, b_V, U, b_U, w, c,
+                queries, features, units, SCORER, ACT, EXACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+            tl.store(
+                scores + m[:, None] * items + n[None, :],
+                e,
+                mask=in_m[:, None] & (n < last)[None, :],
+            )
+        tl.debug_barrier()
+
+    largest = tl.full([BLOCK_M], float("-inf"), tl.float32)
+    total = tl.zeros([BLOCK_M], tl.float32)
+    base = tl.zeros([BLOCK_M], tl.float32)  # largest, or 0 where that is -inf
+    for n0 in range(first, last, BLOCK_N):
+        n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
+        e = load_weights(scores, m, in_m, items, n, n < last)
+        l = logits(e, bias, bias_query, m, in_m, n, n < last, scale)  # noqa: E741
+        new = tl.maximum(largest, tl.max(l, axis=1))
+        base = tl.where(new == float("-inf"), 0.0, new)
+        total = total * tl.exp(largest - base) + tl.sum(tl.exp(l - base[:, None]), axis=1)
+        largest = new
+
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    row_out = (split * (tl.num_programs(0) // blocks // splits) + row) * queries + m
+    if largest_out is not None:
+        tl.store(largest_out + row_out, largest, mask=in_m)
+        tl.store(total_out + row_out, total, mask=in_m)
+    else:
+        row_lse = tl.where(empty, float("-inf"), tl.log(total) + base)
+        tl.store(lse + row_out, row_lse, mask=in_m)
+    for d0 in range(0, features, BLOCK_D):
+        d = d0 + tl.arange(0, BLOCK_D).to(tl.int64)
+        acc = tl.zeros([BLOCK_N if BLOCK_M == 1 else BLOCK_M, BLOCK_D], tl.float32)
+        for n0 in range(first, last, BLOCK_N):
+            n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
+            e = load_weights(scores, m, in_m, items, n, n < last)
+            l = logits(e, bias, bias_query, m, in_m, n, n < last, scale)  # noqa: E741
+            tile = load_items(values, n * values_item, n < last, d, features, values_feature)
+            acc = add_weighted(tl.exp(l - base[:, None]), tile.to(tl.float32), acc, EXACT)
+        out = over_items(acc, BLOCK_M)
+        if largest_out is None:
+            out = tl.where(empty[:, None], 0.0, out / total[:, None])
+        tl.store(
+            z + row_out[:, None] * features + d[None, :],
+            out.to(z.dtype.element_ty),
+            mask=in_m[:, None] & (d < features)[None, :],
+        )
+
+
+@triton.jit(do_not_specialize=["rows", "splits"])
+def merge_kernel(
+    partial,
+    largest_in,
+    total_in,
+    z,
+    lse,
+    rows,
+    features,
+    splits,
+    BLOCK_S: tl.constexpr,
+    BLOCK_D: tl.constexpr,
+):
+    """
+    Computes  lse = log sum_s total_s exp(max_s - max) + max,  z = sum_s exp(max_s - lse) partial_s
+    Layout    partial [splits, rows, D], max and total [splits, rows] float32; rows = B H M
+    Mapping   a program owns one row and BLOCK_D features
+    Traffic   partial once
+    Numerics  float32, splits in order
+    """
+    row = tl.program_id(0).to(tl.int64)
+    d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
+    largest = tl.full([BLOCK_S], float("-inf"), tl.float32)
+    for s0 in range(0, splits, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
+        here = tl.load(largest_in + s * rows + row, mask=s < splits, other=float("-inf"))
+        largest = tl.maximum(largest, here)
+    top = tl.max(largest, axis=0)
+    top = tl.where(top == float("-inf"), 0.0, top)
+    sums = tl.zeros([BLOCK_S], tl.float32)
+    acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    for s0 in range(0, splits, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
+        in_s = s < splits
+        here = tl.load(largest_in + s * rows + row, mask=in_s, other=float("-inf"))
+        share = tl.exp(here - top)
+        sums += share * tl.load(total_in + s * rows + row, mask=in_s, other=0.0)
+        tile = tl.load(
+            partial + (s[:, None] * rows + row) * features + d[None, :],
+            mask=in_s[:, None] & (d < features)[None, :],
+            other=0.0,
+        )
+        acc += share[:, None] * tile
+    total = tl.sum(sums, axis=0)
+    empty = total == 0
+    total = tl.where(empty, 1.0, total)
+    out = tl.where(empty, 0.0, tl.sum(acc, axis=0) / total)
+    tl.store(z + row * features + d, out.to(z.dtype.element_ty), mask=d < features)
+    if tl.program_id(1) == 0:
+        tl.store(lse + row, tl.where(empty, float("-inf"), tl.log(total) + top))

@@ -1,0 +1,216 @@
+"""Device functions shared by the Triton kernels of softmax_pool; formulas in reference.py.
+
+B samples or bags, H heads, N items, M queries, D features of values, K features of keys or hidden
+units.  A program works on items first..last of one row (b, h), a tile of BLOCK_N at a time, and on
+BLOCK_M queries: with one query products are sums of elementwise products, else those of matrices.
+Items are values [N, D] or keys [N, K] with free strides; small tensors are dense float32.  All
+offsets are int64.
+"""
+
+from __future__ import annotations
+
+import triton
+import triton.language as tl
+
+from attnkern._triton.activation import activation, sigmoid
+from attnkern._triton.product import product, product_of_stored
+
+
+@triton.jit
+def span(offsets, b, split, splits, skipped, items, BLOCK_N: tl.constexpr):
+    """First item of a split of row b and the item after its last; ``skipped`` items precede these."""
+    start = tl.cast(0, tl.int64)
+    stop = tl.cast(items, tl.int64)
+    if offsets is not None:
+        size = stop
+        start = tl.minimum(tl.maximum(tl.load(offsets + b) - skipped, start), size)
+        stop = tl.minimum(tl.maximum(tl.load(offsets + b + 1) - skipped, start), size)
+    tiles = (stop - start + BLOCK_N - 1) // BLOCK_N
+    chunk = ((tiles + splits - 1) // splits) * BLOCK_N
+    first = tl.minimum(start + split * chunk, stop)
+    return first, tl.minimum(first + chunk, stop)
+
+
+@triton.jit
+def load_items(x, at, in_n, f, features, feature_stride):
+    """The tile of items that start at ``at`` [BLOCK_N], features f: [BLOCK_N, F] in x's dtype."""
+    valid = in_n[:, None] & (f < features)[None, :]
+    return tl.load(x + at[:, None] + f[None, :] * feature_stride, mask=valid, other=0.0)
+
+
+@triton.jit
+def load_rows(t, m, in_m, f, features):
+    """Rows m of t [M, features]: [BLOCK_M, F] float32."""
+    valid = in_m[:, None] & (f < features)[None, :]
+    return tl.load(t + m[:, None] * features + f[None, :], mask=valid, other=0.0).to(tl.float32)
+
+
+@triton.jit
+def load_weights(t, m, in_m, row_stride, n, in_n):
+    """t [M, N] at queries m and items n: [BLOCK_M, BLOCK_N] float32, 0 outside."""
+    valid = in_m[:, None] & in_n[None, :]
+    return tl.load(t + m[:, None] * row_stride + n[None, :], mask=valid, other=0.0)
+
+
+@triton.jit
+def times_items(
+    t,
+    m,
+    in_m,
+    x,
+    at,
+    in_n,
+    features,
+    feature_stride,
+    EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """sum_f t[m, f] x[n, f]: [BLOCK_M, BLOCK_N]."""
+    acc = tl.zeros([BLOCK_N, BLOCK_F] if BLOCK_M == 1 else [BLOCK_M, BLOCK_N], tl.float32)
+    for f0 in range(0, features, BLOCK_F):
+        f = f0 + tl.arange(0, BLOCK_F).to(tl.int64)
+        rows = load_rows(t, m, in_m, f, features)
+        tile = load_items(x, at, in_n, f, features, feature_stride).to(tl.float32)
+        if BLOCK_M == 1:
+            acc += rows * tile
+        else:
+            acc = product(rows, tl.trans(tile), acc, EXACT)
+    return tl.sum(acc, axis=1)[None, :] if BLOCK_M == 1 else acc
+
+
+@triton.jit
+def add_weighted(p, tile, acc, EXACT: tl.constexpr):
+    """acc + sum_n p[m, n] tile[n, f]; for one query acc is [BLOCK_N, F], see `over_items`."""
+    return acc + tl.trans(p) * tile if p.shape[0] == 1 else product(p, tile, acc, EXACT)
+
+
+@triton.jit
+def over_items(acc, BLOCK_M: tl.constexpr):
+    """[BLOCK_M, F] of what `add_weighted` summed."""
+    return tl.sum(acc, axis=0)[None, :] if BLOCK_M == 1 else acc
+
+
+@triton.jit
+def add_spread(p, rows, acc, EXACT: tl.constexpr):
+    """acc + sum_m p[m, n] rows[m, f]: [BLOCK_N, F]."""
+    return acc + tl.trans(p) * rows if p.shape[0] == 1 else product(tl.trans(p), rows, acc, EXACT)
+
+
+# ------------------------------------------------------------------ scorers
+
+
+@triton.jit
+def hidden(
+    x,
+    at,
+    in_n,
+    feature_stride,
+    V,
+    b_V,
+    U,
+    b_U,
+    k,
+    features,
+    units,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """V x_n + b_V and U x_n + b_U for hidden units k: two [BLOCK_N, BLOCK_K]; the first twice without U."""
+    a = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    b = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
+    in_k = k < units
+    for f0 in range(0, features, BLOCK_F):
+        f = f0 + tl.arange(0, BLOCK_F).to(tl.int64)
+        tile = load_items(x, at, in_n, f, features, feature_stride)
+        places = k[None, :] * features + f[:, None]
+        valid = in_k[None, :] & (f < features)[:, None]
+        a = product_of_stored(tile, tl.load(V + places, mask=valid, other=0.0), a)
+        if U is not None:
+            b = product_of_stored(tile, tl.load(U + places, mask=valid, other=0.0), b)
+    if b_V is not None:
+        a += tl.load(b_V + k, mask=in_k, other=0.0)[None, :]
+    if b_U is not None:
+        b += tl.load(b_U + k, mask=in_k, other=0.0)[None, :]
+    return a, a if U is None else b
+
+
+@triton.jit
+def score(
+    m0,
+    m,
+    in_m,
+    n,
+    in_n,
+    x,
+    item_stride,
+    feature_stride,
+    query,
+    V,
+    b_V,
+    U,
+    b_U,
+    w,
+    c,
+    queries,
+    features,
+    units,
+    SCORER: tl.constexpr,
+    ACT: tl.constexpr,
+    EXACT: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """e [BLOCK_M, BLOCK_N] of a row whose keys (gated: values), query and c these are."""
+    at = n * item_stride
+    if SCORER == "dot":
+        e = times_items(
+            query, m, in_m, x, at, in_n, units, feature_stride, EXACT, BLOCK_M, BLOCK_N, BLOCK_K
+        )
+    elif SCORER == "additive":
+        e = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
+        for k0 in range(0, units, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K).to(tl.int64)
+            tile = load_items(x, at, in_n, k, units, feature_stride).to(tl.float32)
+            weight = tl.load(w + k, mask=k < units, other=0.0)[None, :]
+            for one in range(m0, tl.minimum(m0 + BLOCK_M, queries)):
+                q = tl.load(query + one * units + k, mask=k < units, other=0.0)[None, :]
+                terms = activation(tile + q, 0.0, ACT) * weight  # w is 0 outside, act(0 + 0) finite
+                e += tl.where((m == one)[:, None], tl.sum(terms, axis=1)[None, :], 0.0)
+    else:
+        tl.static_assert(SCORER == "gated")
+        e = tl.zeros([BLOCK_N, BLOCK_K] if BLOCK_M == 1 else [BLOCK_M, BLOCK_N], tl.float32)
+        for k0 in range(0, units, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K).to(tl.int64)
+            a, b = hidden(
+                x, at, in_n, feature_stride, V, b_V, U, b_U, k, features, units,
+                BLOCK_N, BLOCK_K, BLOCK_F,
+            )  # fmt: skip
+            h = activation(a, 0.0, ACT)
+            if U is not None:
+                h *= sigmoid(b)
+            rows = load_rows(w, m, in_m, k, units)
+            if BLOCK_M == 1:
+                e += rows * h
+            else:
+                e = product(rows, tl.trans(h), e, True)
+        if BLOCK_M == 1:
+            e = tl.sum(e, axis=1)[None, :]
+    if c is not None:
+        e += tl.load(c + m, mask=in_m, other=0.0)[:, None]
+    return e
+
+
+@triton.jit
+def logits(e, bias, bias_query, m, in_m, n, in_n, scale):
+    """l = scale e + bias, -inf where the bias is and outside the tile's items and queries."""
+    l = scale * e  # noqa: E741
+    valid = in_m[:, None] & in_n[None, :]
+    if bias is not None:
+        added = tl.load(bias + m[:, None] * bias_query + n[None, :], mask=valid, other=0.0)
+        l = tl.where(added == float("-inf"), added, l + added)  # noqa: E741
+    return tl.where(valid, l, float("-inf"))

@@ -1,0 +1,144 @@
+"""What the Triton launchers of softmax_pool choose from a shape: blocks, splits, segments."""
+
+from __future__ import annotations
+
+from typing import Any, NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from attnkern._triton.device import processors
+from attnkern.ops.softmax_pool.op import rows_of
+from attnkern.ops.softmax_pool.reference import Inputs
+
+Arguments = dict[str, Any]
+Segment = tuple[int, int, int, int]
+
+
+class Shape(NamedTuple):
+    batch: int  # samples or bags
+    heads: int
+    items: int  # of a sample; of all bags
+    queries: int
+    features: int
+    units: int  # features of keys, hidden units of the gated scorer; 0 for given
+    ragged: bool
+    device: torch.device
+
+
+def shape_of(i: Inputs) -> Shape:
+    batch, heads, queries = rows_of(i)
+    keys = i.values if i.keys is None else i.keys
+    units = 0
+    if i.V is not None:
+        units = i.V.shape[0]
+    elif i.scores is None:
+        units = keys.shape[3]
+    items, features = i.values.shape[2:]
+    return Shape(
+        batch, heads, items, queries, features, units, i.offsets is not None, i.values.device
+    )
+
+
+def power(size: int, low: int, high: int) -> int:
+    """The smallest power of two that covers ``size``, within [low, high]."""
+    return max(low, min(high, triton.next_power_of_2(max(size, 1))))
+
+
+def blocks(i: Inputs, shape: Shape) -> dict[str, int]:
+    """Queries, items, features and key features of a tile."""
+    if shape.queries == 1 and i.V is None:
+        elements = 2048
+        d = power(shape.features, 16, 128)
+        n = elements // d
+        return {
+            "BLOCK_M": 1,
+            "BLOCK_N": n,
+            "BLOCK_D": d,
+            "BLOCK_K": power(shape.units, 16, elements // n),
+        }
+    side = 32
+    return {
+        "BLOCK_M": 1 if shape.queries == 1 else 16,
+        "BLOCK_N": side,
+        "BLOCK_D": side,
+        "BLOCK_K": side,
+    }
+
+
+def splits(shape: Shape, block: dict[str, int], rows: int | None = None) -> int:
+    """Splits of the items of each of ``rows`` rows, so that four programs a processor have work."""
+    rows = shape.batch * shape.heads if rows is None else rows
+    programs = max(1, rows * triton.cdiv(shape.queries, block["BLOCK_M"]))
+    wanted = triton.cdiv(4 * processors(shape.device), programs)
+    return max(1, min(wanted, triton.cdiv(shape.items, block["BLOCK_N"])))
+
+
+def samples(shape: Shape, block: dict[str, int]) -> int:
+    """Samples a program takes in turn where all share a query, so that partial sums stay few."""
+    rows = shape.heads * triton.cdiv(shape.queries, block["BLOCK_M"])
+    programs = max(1, 4 * processors(shape.device) // rows)
+    return max(1, triton.cdiv(shape.batch, programs))
+
+
+def segments(shape: Shape, x: Tensor) -> list[Segment]:
+    """(first sample, last, first item, last): parts whose hidden gradients fit the workspace.
+
+    Three numbers an item and hidden unit take at most an eighth of x and at most 16 MB.
+    """
+    samples, items = x.shape[0], shape.items
+    budget = min(1 << 24, max(1 << 17, x.numel() * x.element_size() // 8))
+    most = max(64, budget // (12 * shape.units) // 64 * 64)
+    if items <= most:
+        step = max(1, most // max(items, 1))
+        return [(b, min(b + step, samples), 0, items) for b in range(0, samples, step)]
+    return [
+        (b, b + 1, n, min(n + most, items)) for b in range(samples) for n in range(0, items, most)
+    ]
+
+
+def strided(name: str, t: Tensor | None) -> Arguments:
+    """Items [B, H, N, D] and their strides; those of sizes 1 are never read."""
+    axes = ("batch", "head", "item", "feature")
+    if t is None:
+        return {name: None, **{f"{name}_{axis}": 0 for axis in axes}}
+    strides = [1 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)]
+    return {name: t, **{f"{name}_{axis}": s for axis, s in zip(axes, strides, strict=True)}}
+
+
+def spread(shape: Shape, features: int) -> dict[str, int]:
+    """Tiles of `items_kernel`."""
+    if shape.queries == 1:
+        f = power(features, 16, 128)
+        return {"BLOCK_M": 1, "BLOCK_N": 2048 // f, "BLOCK_F": f, "BLOCK_K": 32}
+    return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_F": 32, "BLOCK_K": 32}
+
+
+def item_splits(shape: Shape, block: dict[str, int]) -> int:
+    """A tile a program; of bags, whose lengths only the device knows, two tiles on average."""
+    tiles = triton.cdiv(shape.items, block["BLOCK_N"])
+    return max(1, triton.cdiv(tiles, 2 * shape.batch) if shape.ragged and shape.batch else tiles)
+
+
+def hidden_blocks(i: Inputs, shape: Shape) -> dict[str, int]:
+    return {"BLOCK_M": 1 if shape.queries == 1 else 16, **dict.fromkeys(_SIDES, 32)}
+
+
+_SIDES = ("BLOCK_N", "BLOCK_K", "BLOCK_F")
+
+
+def outer_blocks(rows: int, cols: int) -> dict[str, int]:
+    return {"BLOCK_I": power(rows, 16, 32), "BLOCK_J": 32, "BLOCK_N": 32}
+
+
+def outer_splits(shape: Shape, count: int) -> list[int]:
+    """Splits of a segment of ``count`` items for dV, db_V, dU, db_U and dw."""
+
+    def of(rows: int, cols: int) -> int:
+        block = outer_blocks(rows, cols)
+        tiles = triton.cdiv(rows, block["BLOCK_I"]) * triton.cdiv(cols, block["BLOCK_J"])
+        wanted = triton.cdiv(4 * processors(shape.device), tiles)
+        return max(1, min(wanted, triton.cdiv(count, block["BLOCK_N"])))
+
+    return [of(shape.units, shape.features)] * 4 + [of(shape.queries, shape.units)]
