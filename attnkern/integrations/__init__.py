@@ -32,8 +32,8 @@ class Rule:
             be served.  A ``note`` among them goes to the report.
         forward: ``forward(module, x, *, impl)``, the rerouted method: picklable by name.
         names: for each method that ``forward`` stands in for, the names its code refers to, in
-            order; a tuple where versions differ.  A version of the library whose code refers to
-            others is left alone.
+            order; with ``structure`` those that it may refer to.  Code that refers to others, as
+            that of another version of the library, is left alone.
         part: the child that must be served itself for this rule to apply (a block around it).
         method: the method that is rerouted.
         structure: whether a module of any class has the children that are looked for.
@@ -45,7 +45,7 @@ class Rule:
     operator: str
     read: Callable[[nn.Module], Any]
     forward: Callable[..., Any]
-    names: dict[str, str | tuple[str, ...]]
+    names: dict[str, str]
     part: str | None = None
     method: str = "forward"
     structure: Callable[[nn.Module], bool] | None = None
@@ -61,9 +61,10 @@ class Rule:
                 method != self.method and method in module.__dict__
             ):
                 return f"{cls.__name__} has its own {method}"
-            if not refers_to(own, names):
-                what = "has" if self.structure else f"this version of {self.cls} has"
-                return f"{what} another {method}" + (f" than {self.cls}" if self.structure else "")
+            if not refers_to(own, names, exactly=not self.structure):
+                if self.structure:
+                    return f"its {method} does other things than {self.cls}"
+                return f"this version of {self.cls} has another {method}"
         arguments = self.read(module)
         if isinstance(arguments, str):
             return arguments
@@ -72,12 +73,14 @@ class Rule:
         return None
 
     def _base(self, cls: type) -> type:
-        """The class whose methods ``forward`` stands in for: of a structure, the first known one."""
+        """The class whose methods ours stand in for; of a structure, the nearest that may be it."""
         if not self.structure:
             return next(base for base in cls.__mro__ if qualified_name(base) == self.cls)
         names = self.names[self.method]
         own = (base for base in cls.__mro__ if self.method in vars(base))
-        return next((base for base in own if refers_to(vars(base)[self.method], names)), cls)
+        return next(
+            (base for base in own if refers_to(vars(base)[self.method], names, exactly=False)), cls
+        )
 
 
 def _is_ours(method: Any) -> bool:

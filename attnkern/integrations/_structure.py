@@ -14,11 +14,13 @@ def has(module: nn.Module, names: str) -> bool:
     return {*module._modules, *module._parameters} == set(names.split())
 
 
-def refers_to(method: Any, names: str | tuple[str, ...]) -> bool:
-    """Whether the code of ``method`` refers to these names in this order, or to one of these."""
+def refers_to(method: Any, names: str, exactly: bool = True) -> bool:
+    """Whether the code of ``method`` refers to these names, in this order, or to no other than these."""
     code = getattr(method, "__code__", None)
-    known = (names,) if isinstance(names, str) else names
-    return code is not None and list(code.co_names) in [line.split() for line in known]
+    if code is None:
+        return False
+    known = names.split()
+    return list(code.co_names) == known if exactly else set(code.co_names) <= set(known)
 
 
 class _Trial(nn.Module):

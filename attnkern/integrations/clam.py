@@ -103,7 +103,7 @@ RULES = (
         "softmax_pool_fwd",
         _read_gated,
         gated,
-        {"forward": "attention_a attention_b mul attention_c"},
+        {"forward": "attention_a attention_b attention_c mul torch"},
         structure=_is_gated,
         trial=_trial,
     ),

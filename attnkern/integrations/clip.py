@@ -48,9 +48,6 @@ def attention_pool_2d(module: Any, x: Any, *, impl: str) -> Any:
     return F.linear(z, module.c_proj.weight, module.c_proj.bias)
 
 
-_NAMES = "torch cat mean positional_embedding to dtype F multi_head_attention_forward"
-_WEIGHTS = "num_heads q_proj weight k_proj v_proj bias c_proj training"
-
 RULES = (
     Rule(
         "CLIP's AttentionPool2d",
@@ -59,10 +56,9 @@ RULES = (
         _read,
         attention_pool_2d,
         {
-            "forward": (
-                f"flatten permute {_NAMES} shape {_WEIGHTS} squeeze",
-                f"reshape shape permute {_NAMES} {_WEIGHTS}",
-            )
+            "forward": "flatten reshape view shape size permute transpose torch cat mean "
+            "positional_embedding to dtype unsqueeze squeeze F nn functional "
+            "multi_head_attention_forward num_heads q_proj k_proj v_proj c_proj weight bias training"
         },
         structure=_is_pool,
         trial=_trial,

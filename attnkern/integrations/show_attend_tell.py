@@ -87,7 +87,10 @@ RULES = (
         "softmax_pool_fwd",
         _read,
         attention,
-        {"forward": "encoder_att decoder_att full_att relu unsqueeze squeeze softmax sum"},
+        {
+            "forward": "encoder_att decoder_att full_att relu softmax unsqueeze squeeze sum torch "
+            "bmm matmul mul transpose permute"
+        },
         structure=_is_attention,
         trial=_trial,
     ),

@@ -33,18 +33,17 @@ class Latent(NamedTuple):
 
 
 def _read_latent(m: Any) -> Latent | str:
-    c = m._modules
-    if reason := refuse_linear("kv", c["kv"]):
+    if reason := refuse_linear("kv", m.kv):
         return reason
-    if type(c["q"]) not in (nn.Linear, nn.Identity):
-        return f"its q is a {type(c['q']).__name__}"
-    for name in ("q_norm", "k_norm"):
-        if qualified_name(type(c[name])) not in _VECTOR_NORMS:
-            return f"its {name} is a {type(c[name]).__name__}"
-    for name in ("q", "q_norm", "k_norm"):
-        if reason := altered(c[name]):
+    if type(m.q) not in (nn.Linear, nn.Identity):
+        return f"its q is a {type(m.q).__name__}"
+    for name, norm in (("q_norm", m.q_norm), ("k_norm", m.k_norm)):
+        if qualified_name(type(norm)) not in _VECTOR_NORMS:
+            return f"its {name} is a {type(norm).__name__}"
+    for name, child in (("q", m.q), ("q_norm", m.q_norm), ("k_norm", m.k_norm)):
+        if reason := altered(child):
             return f"its {name} {reason}"
-    return Latent(c["kv"].weight, c["kv"].bias)
+    return Latent(m.kv.weight, m.kv.bias)
 
 
 def _sdpa_mask(mask: Any, x: Tensor, m: Any) -> dict[str, Any] | None:
@@ -106,19 +105,18 @@ def latent_pool(module: Any, x: Any, attn_mask: Any = None, *, impl: str) -> Any
 def _read_token(m: Any) -> Projections | str:
     if m.pool_type != "token":
         return f"pool_type={m.pool_type!r} keeps every token: there is nothing to pool"
-    c = m._modules
-    names = ("q", "k", "v") if c["qkv"] is None else ("qkv",)
+    names = ("q", "k", "v") if m.qkv is None else ("qkv",)
     for name in names:
-        if reason := refuse_linear(name, c[name]):
+        if reason := refuse_linear(name, getattr(m, name)):
             return reason
     for name, kinds in (("drop", (nn.Dropout,)), ("proj", (nn.Linear, nn.Identity))):
-        if reason := _softmax_pool.refuse_child(name, c[name], *kinds):
+        if reason := _softmax_pool.refuse_child(name, getattr(m, name), *kinds):
             return reason  # it is given one token, not all
     if len(names) == 3:
-        q, k, v = c["q"], c["k"], c["v"]
+        q, k, v = m.q, m.k, m.v
         return Projections(q.weight, q.bias, k.weight, k.bias, v.weight, v.bias)
-    weights = c["qkv"].weight.chunk(3)
-    biases = (None,) * 3 if c["qkv"].bias is None else c["qkv"].bias.chunk(3)
+    weights = m.qkv.weight.chunk(3)
+    biases = (None,) * 3 if m.qkv.bias is None else m.qkv.bias.chunk(3)
     pairs = zip(weights, biases, strict=True)
     return Projections(*(t for pair in pairs for t in pair))
 
@@ -158,7 +156,7 @@ class Context(NamedTuple):
 
 
 def _read_context(m: Any) -> Context | str:
-    conv = m._modules["conv_attn"]
+    conv = m.conv_attn
     if conv is None:
         return "use_attn=False: its context is the mean"
     if reason := refuse_conv(conv):
