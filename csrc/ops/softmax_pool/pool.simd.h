@@ -1,0 +1,235 @@
+// The pooling loop, forward and backward, over the tiles of a unit.
+//
+//   Computes  l = scale e + bias;  z = sum_n softmax(l) v;  p = exp(l - lse), dl = p (dz . v - delta),
+//             de = scale dl + dscores, dv = sum_m p dz and the scorer's gradients
+//   Layout    items in place, rows or columns (params.h); [M, tile] and [M, D] arrays in the thread's scratch
+//   Mapping   one call a unit: some items of one head of one sample on one thread; lanes along items for the softmax
+//   Traffic   a tile stays in cache from its scores to its weighted sum: items are read once, and written once backward
+//   Numerics  online softmax with the running maximum; sums of a tile join the unit's, units' are merged in order
+namespace attnkern::softmax_pool::ATTNKERN_ISA {
+
+template <class A>
+constexpr A kInfinity = std::numeric_limits<A>::infinity();
+
+template <class A>
+ATTNKERN_INLINE A largest_lane(Vec<A> v) {
+  A largest = v[0];
+  for (int i = 1; i < kLanes<A>; ++i) largest = v[i] > largest ? v[i] : largest;
+  return largest;
+}
+
+// scale e + bias; -inf where the bias is, whatever the score
+template <class A>
+struct Logits {
+  const A* bias;
+  A scale;
+  template <class Access>
+  ATTNKERN_INLINE Vec<A> at(const A* e, int64_t i, const Access& access) const {
+    const Vec<A> l = scale * access.read(e + i);
+    if (!bias) return l;
+    const Vec<A> b = access.read(bias + i);
+    return b == -kInfinity<A> ? b : l + b;
+  }
+};
+
+template <class A>
+ATTNKERN_INLINE Logits<A> logits_of(const Inputs& p, const Unit& u, int64_t sample, int64_t m, int64_t begin) {
+  const A* bias = row_of<const A>(p.bias, sample, u.h, m);
+  return {bias ? bias + begin : nullptr, static_cast<A>(p.scale)};
+}
+
+// ---- forward
+
+// e becomes exp(l - largest), 0 from n to a whole vector; returns what earlier sums are multiplied by.
+template <class A>
+ATTNKERN_INLINE A online_softmax(const Logits<A>& logits, A* e, int64_t n, A& largest, A& total) {
+  constexpr int64_t lanes = kLanes<A>;
+  Vec<A> top = splat(-kInfinity<A>);
+  each_vector<A>(n,
+                 [&](int64_t i, auto access) ATTNKERN_INLINE_LAMBDA { access.write(e + i, logits.at(e, i, access)); });
+  for (int64_t i = n; i % lanes; ++i) e[i] = -kInfinity<A>;
+  for (int64_t i = 0; i < n; i += lanes) {
+    const Vec<A> l = load(e + i);
+    top = l > top ? l : top;
+  }
+  const A before = largest, tile = largest_lane<A>(top);
+  largest = tile > before ? tile : before;
+  const A shift = largest == -kInfinity<A> ? A(0) : largest;
+  Vec<A> sums{};
+  for (int64_t i = 0; i < n; i += lanes) {
+    const Vec<A> p = exp(load(e + i) - shift);
+    sums += p;
+    store(e + i, p);
+  }
+  const A rescale = before == largest || before == -kInfinity<A> ? A(1) : std::exp(before - shift);
+  total = total * rescale + sum<A>(sums);
+  return rescale;
+}
+
+template <class A>
+ATTNKERN_INLINE void multiply(A* row, int64_t n, A factor) {
+  each_vector<A>(n, [&](int64_t i, auto access) { access.write(row + i, access.read(row + i) * factor); });
+}
+
+// z = sum / total and lse of one row
+template <class T, class A>
+ATTNKERN_INLINE void finish(const ForwardParams& p, int64_t b, int64_t h, int64_t m, A largest, A total,
+                            const A* sums) {
+  const int64_t row = (b * p.sizes.heads + h) * p.sizes.queries + m;
+  T* z = static_cast<T*>(p.z) + row * p.sizes.features;
+  const bool none = total == 0;
+  static_cast<A*>(p.lse)[row] = none ? -kInfinity<A> : static_cast<A>(std::log(double{total}) + largest);
+  each_vector<A>(p.sizes.features,
+                 [&](int64_t i, auto access) { access.write(z + i, none ? Vec<A>{} : access.read(sums + i) / total); });
+}
+
+template <class T, class Scorer>
+void pool_unit(const ForwardParams& p, const Unit& u, const Scratch& s, const Partial* part) {
+  using A = Accumulator<T>;
+  const int64_t queries = p.sizes.queries, features = p.sizes.features;
+  A* e = static_cast<A*>(s.scores);
+  A* largest = static_cast<A*>(part ? part->largest : s.largest);
+  A* total = static_cast<A*>(part ? part->total : s.total);
+  A* z = static_cast<A*>(part ? part->z : s.rows);
+  for (int64_t m = 0; m < queries; ++m) largest[m] = -kInfinity<A>, total[m] = 0;
+  std::memset(z, 0, queries * features * sizeof(A));
+  Scorer scorer(p, u, s);
+  for (int64_t begin = u.begin; begin < u.end; begin += s.tile) {
+    const int64_t n = u.end - begin < s.tile ? u.end - begin : s.tile;
+    scorer.at(begin, n);
+    scorer.score(e);
+    for (int64_t m = 0; m < queries; ++m) {
+      A* row = e + m * s.tile;
+      if (p.scores_out) {
+        const int64_t to = (scorer.sample * p.sizes.heads + u.h) * queries + m;
+        std::memcpy(static_cast<A*>(p.scores_out) + to * p.sizes.items + begin, row, n * sizeof(A));
+      }
+      const auto logits = logits_of<A>(p, u, scorer.sample, m, begin);
+      const A rescale = online_softmax(logits, row, n, largest[m], total[m]);
+      if (rescale != 1) multiply(z + m * features, features, rescale);
+    }
+    add_items(e, s.tile, queries, scorer.values(), n, features, z);
+  }
+  if (part) return;
+  for (int64_t m = 0; m < queries; ++m) finish<T>(p, u.b, u.h, m, largest[m], total[m], z + m * features);
+}
+
+template <class T>
+void merge_parts(const ForwardParams& p, int64_t b, int64_t h, const Partial& first, int64_t stride, int64_t count) {
+  using A = Accumulator<T>;
+  const int64_t queries = p.sizes.queries, features = p.sizes.features;
+  const A* largest_of = static_cast<const A*>(first.largest);
+  const A* total_of = static_cast<const A*>(first.total);
+  A* z = static_cast<A*>(first.z);  // of the first part, which becomes the sum
+  for (int64_t m = 0; m < queries; ++m) {
+    A largest = -kInfinity<A>, total = 0;
+    for (int64_t j = 0; j < count; ++j) {
+      const A l = largest_of[j * stride + m];
+      largest = l > largest ? l : largest;
+    }
+    const A shift = largest == -kInfinity<A> ? A(0) : largest;
+    A* sums = z + m * features;
+    for (int64_t j = 0; j < count; ++j) {
+      const A factor = std::exp(largest_of[j * stride + m] - shift);
+      total += factor * total_of[j * stride + m];
+      const A* zj = sums + j * stride;
+      each_vector<A>(features, [&](int64_t i, auto access) {
+        const Vec<A> term = factor * access.read(zj + i);
+        access.write(sums + i, j ? access.read(sums + i) + term : term);
+      });
+    }
+    finish<T>(p, b, h, m, largest, total, sums);
+  }
+}
+
+// ---- backward
+
+// From e and dp = dz . v of a row: p, de and the gradient of the logits (which may be null).
+template <class A>
+ATTNKERN_INLINE void softmax_backward(const Logits<A>& logits, const A* e, const A* dp, int64_t n, A lse, A delta,
+                                      A scale, const A* dscores, A* p, A* de, A* dlogits) {
+  each_vector<A>(n, [&](int64_t i, auto access) ATTNKERN_INLINE_LAMBDA {
+    const Vec<A> l = logits.at(e, i, access), none{};
+    const Vec<A> pi = lse == -kInfinity<A> ? none : (l == -kInfinity<A> && lse == lse) ? none : exp(l - lse);
+    const Vec<A> dl = pi * (access.read(dp + i) - delta);
+    access.write(p + i, pi);
+    access.write(de + i, dscores ? scale * dl + access.read(dscores + i) : scale * dl);
+    if (dlogits) access.write(dlogits + i, dl);
+  });
+}
+
+template <class T, class Scorer>
+void unpool_unit(const BackwardParams& p, const Unit& u, const Scratch& s, const Sums& sums) {
+  using A = Accumulator<T>;
+  const int64_t queries = p.sizes.queries, features = p.sizes.features;
+  const int64_t first_row = (u.b * p.sizes.heads + u.h) * queries;
+  A *rows = static_cast<A*>(s.rows), *dp = static_cast<A*>(s.scores), *e = dp + queries * s.tile;
+  A *weights = static_cast<A*>(s.coefficients), *de = weights + queries * s.tile;
+  Scorer scorer(p, u, s);
+  const bool joint = scorer.joint();
+  const T* dz = static_cast<const T*>(p.dz) + first_row * features;
+  each_vector<A>(queries * features, [&](int64_t i, auto access) { access.write(rows + i, access.read(dz + i)); });
+  if (joint) std::memcpy(rows + queries * features, scorer.rows(), queries * features * sizeof(A));
+  const int64_t count = joint ? 2 * queries : queries;
+  for (int64_t begin = u.begin; begin < u.end; begin += s.tile) {
+    const int64_t n = u.end - begin < s.tile ? u.end - begin : s.tile;
+    scorer.at(begin, n);
+    dot_items(rows, count, scorer.values(), n, features, dp, s.tile);
+    joint ? scorer.add_c(e) : scorer.score(e);
+    for (int64_t m = 0; m < queries; ++m) {
+      const int64_t at = ((scorer.sample * p.sizes.heads + u.h) * queries + m) * p.sizes.items + begin;
+      softmax_backward(logits_of<A>(p, u, scorer.sample, m, begin), e + m * s.tile, dp + m * s.tile, n,
+                       static_cast<const A*>(p.lse)[first_row + m], static_cast<const A*>(p.delta)[first_row + m],
+                       static_cast<A>(p.scale), p.dscores ? static_cast<const A*>(p.dscores) + at : nullptr,
+                       weights + m * s.tile, de + m * s.tile, p.dlogits ? static_cast<A*>(p.dlogits) + at : nullptr);
+    }
+    scorer.backward(p, de, sums);
+    if (p.dvalues.data)
+      make_items(weights, s.tile, rows, count, tile_of<T>(p.dvalues, features, scorer.sample, u.h, begin), n, features);
+  }
+}
+
+// ---- dispatch
+
+template <class F>
+ATTNKERN_INLINE void visit_scorer(const Inputs& p, const F& f) {
+  cpu::visit(p.dtype, [&](auto t) {
+    using T = decltype(t);
+    switch (p.scorer) {
+      case softmax_pool::Scorer::given:
+        return f(t, std::type_identity<GivenScorer<T>>{});
+      case softmax_pool::Scorer::dot:
+        return f(t, std::type_identity<DotScorer<T>>{});
+      default:
+        return;
+    }
+  });
+}
+
+void pool(const ForwardParams& p, const Unit& u, const Scratch& s, const Partial* part) {
+  visit_scorer(p, [&](auto t, auto scorer) { pool_unit<decltype(t), typename decltype(scorer)::type>(p, u, s, part); });
+}
+
+void unpool(const BackwardParams& p, const Unit& u, const Scratch& s, const Sums& sums) {
+  visit_scorer(p,
+               [&](auto t, auto scorer) { unpool_unit<decltype(t), typename decltype(scorer)::type>(p, u, s, sums); });
+}
+
+void merge(const ForwardParams& p, int64_t b, int64_t h, const Partial& first, int64_t stride, int64_t count) {
+  cpu::visit(p.dtype, [&](auto t) { merge_parts<decltype(t)>(p, b, h, first, stride, count); });
+}
+
+void add(DType acc, const void* parts, int64_t stride, int64_t count, void* out, int64_t n) {
+  const auto add_all = [&](auto zero) {
+    using A = decltype(zero);
+    const A* from = static_cast<const A*>(parts);
+    each_vector<A>(n, [&](int64_t i, auto access) {
+      Vec<A> sums{};
+      for (int64_t j = 0; j < count; ++j) sums += access.read(from + j * stride + i);
+      access.write(static_cast<A*>(out) + i, sums);
+    });
+  };
+  acc == DType::float64 ? add_all(double{}) : add_all(float{});
+}
+
+}  // namespace attnkern::softmax_pool::ATTNKERN_ISA

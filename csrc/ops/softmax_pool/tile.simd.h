@@ -1,0 +1,64 @@
+// A tile of items, in place in either layout, and its three products with rows of queries.
+namespace attnkern::softmax_pool::ATTNKERN_ISA {
+
+using namespace cpu::ATTNKERN_ISA;
+using cpu::Accumulator;
+
+// Rows: a row is an item's features. Columns: a row is a feature of adjacent items.
+template <class T>
+struct Tile {
+  T* p;
+  int64_t ld;
+  bool columns;
+};
+
+// Items from `begin` of one head of a sample, whose items have `features`.
+template <class T, class Pointer>
+ATTNKERN_INLINE Tile<T> tile_of(const ItemsOf<Pointer>& items, int64_t features, int64_t sample, int64_t head,
+                                int64_t begin) {
+  T* p =
+      static_cast<T*>(items.data) + sample * items.stride_batch + head * items.stride_head + begin * items.stride_item;
+  const bool columns = features == 1 ? items.stride_item == 1 : items.stride_feature != 1;
+  return {p, columns ? items.stride_feature : items.stride_item, columns};
+}
+
+template <class A, class Pointer>
+ATTNKERN_INLINE A* row_of(const RowsOf<Pointer>& rows, int64_t sample, int64_t head, int64_t query) {
+  return rows.data ? static_cast<A*>(rows.data) + sample * rows.stride_batch + head * rows.stride_head +
+                         query * rows.stride_query
+                   : nullptr;
+}
+
+// out[m, t] = rows[m] . x[t]
+template <class A, class T>
+void dot_items(const A* rows, int64_t count, Tile<const T> x, int64_t items, int64_t features, A* out, int64_t ld_out) {
+  const RowsAt<A> to{out, ld_out};
+  if (x.columns)
+    outer<A, T, A>({rows, features, 1}, {x.p, x.ld}, {nullptr, 0}, to, count, items, features);
+  else
+    inner<false, A, T>({rows, features}, {x.p, x.ld}, to, count, items, features);
+}
+
+// out[m] += sum_t c[m, t] x[t]
+template <class A, class T>
+void add_items(const A* c, int64_t ld_c, int64_t count, Tile<const T> x, int64_t items, int64_t features, A* out) {
+  const RowsAt<A> to{out, features};
+  if (x.columns)
+    inner<true, A, T>({c, ld_c}, {x.p, x.ld}, to, count, features, items);
+  else
+    outer<A, T, A>({c, ld_c, 1}, {x.p, x.ld}, {out, features}, to, count, features, items);
+}
+
+// x[t] = sum_m c[m, t] rows[m]
+template <class A, class T>
+void make_items(const A* c, int64_t ld_c, const A* rows, int64_t count, Tile<T> x, int64_t items, int64_t features,
+                const A* init = nullptr) {
+  const RowsAt<T> to{x.p, x.ld};
+  const RowsAt<const A> from{init, x.ld};
+  if (x.columns)
+    outer<A, A, T>({rows, 1, features}, {c, ld_c}, from, to, features, items, count);
+  else
+    outer<A, A, T>({c, 1, ld_c}, {rows, features}, from, to, items, features, count);
+}
+
+}  // namespace attnkern::softmax_pool::ATTNKERN_ISA
