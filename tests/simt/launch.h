@@ -11,9 +11,13 @@ Status launch(void (*kernel)(Parameters...), const LaunchConfig& config, void*, 
                    [&] { kernel(static_cast<Parameters>(arguments)...); });
 }
 
-inline Status fill_bytes(void* memory, int value, size_t bytes, void*) { return simt::fill(memory, value, bytes); }
+inline Status fill_bytes(void* memory, int value, size_t bytes, void*) {
+  return bytes ? simt::fill(memory, value, bytes) : Status{};
+}
 
-inline Status copy_bytes(void* to, const void* from, size_t bytes, void*) { return simt::copy(to, from, bytes); }
+inline Status copy_bytes(void* to, const void* from, size_t bytes, void*) {
+  return bytes ? simt::copy(to, from, bytes) : Status{};
+}
 
 inline Status current_device(int& index) {
   index = 0;

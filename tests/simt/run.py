@@ -8,6 +8,7 @@ import os
 import shutil
 import subprocess
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -98,6 +99,16 @@ def build(name: str, *sources: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         subprocess.run([compiler(), "-shared", *map(str, objects), "-o", str(part)], check=True)
         part.rename(library)
     return ctypes.CDLL(str(library))
+
+
+_KINDS = {"": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "d": ctypes.c_double}
+
+
+def struct(name: str, fields: str, base: type = ctypes.Structure, **types: Any) -> Any:
+    """A mirror of a C++ struct: ``fields`` are ``name:type`` words, a pointer where the type is missing."""
+    kinds = {**_KINDS, **types}
+    pairs = (word.partition(":") for word in fields.split())
+    return type(name, (base,), {"_fields_": [(word, kinds[kind]) for word, _, kind in pairs]})
 
 
 class Device:

@@ -28,16 +28,7 @@ _ACTS = ["identity", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu",
 _GATES = ["identity", "sigmoid", "hard_sigmoid", "relu", "tanh"]
 _APPLIES = ["scale", "scale1p", "scale_shift", "shift"]
 
-_p, _i, _l, _d = ctypes.c_void_p, ctypes.c_int, ctypes.c_int64, ctypes.c_double
-
-
-def _struct(name: str, fields: str, base: type = ctypes.Structure, **types: Any) -> Any:
-    """``fields`` are ``name:type`` words, a pointer where the type is missing."""
-    kinds = {"": _p, "i": _i, "l": _l, "d": _d, **types}
-    pairs = (word.partition(":") for word in fields.split())
-    return type(name, (base,), {"_fields_": [(word, kinds[kind]) for word, _, kind in pairs]})
-
-
+_struct = simt.struct
 Map = _struct("Map", "data stride_batch:l stride_row:l")
 _Sizes = _struct("_Sizes", "batch:l channels:l length:l hidden:l width:l")
 _Options = _struct(
@@ -191,7 +182,7 @@ class Emulated:
             is_map = name in ("y", "dx", "dresidual")
             place = Map(address, t.stride(0), self._row(t, p.layout)) if is_map else address
             setattr(p, name, place)
-        plan = (_l * 6)()
+        plan = (ctypes.c_int64 * 6)()
         if direction == "squeeze":
             message = self.library.se_squeeze(ctypes.byref(p))
         elif self.force is None:

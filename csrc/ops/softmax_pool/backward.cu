@@ -1,0 +1,328 @@
+// Backward: one pass over the items, then the sums of blocks; the gated scorer goes through its hidden layer in chunks.
+#include <utility>
+
+#include "ops/softmax_pool/backward.cuh"
+#include "ops/softmax_pool/hidden.cuh"
+
+namespace attnkern::softmax_pool {
+namespace {
+
+// dq (held queries from `first` on) from or to the sums of this block.
+template <class Acc, class F>
+ATTNKERN_DEVICE void each_held(Acc& dq, const Sizes& n, int first, const F& f) {
+  dq.each([&](int m, int k, float& value) {
+    if (first + m < n.queries && k < n.hidden) f((first + m) * n.hidden + k, value);
+  });
+}
+
+// Computes   p = exp(l - lse), dl = p (dp - delta), de = scale dl + dscores; dvalues = sum_m p dz and, through the
+//            scorer, dkeys (dvalues where there are none) and a block's sums of dquery, dw, db_V, db_U
+// Layout     values [B, H, N, D] or [B, H, D, N], keys likewise; dz [B, H, M, D]
+// Mapping    a block: consecutive pieces of the items, a head, all queries. Tiles of items in shared memory, two
+//            stages; a warp scores 4 items, a thread owns features of dvalues and dkeys (of 4 items) and of dquery
+// Traffic    items once, their gradients once; queries, dz and weights from L2 once a tile
+// Numerics   float; dquery by tiles in order
+template <class T, class ScorerT, int Rows>
+ATTNKERN_KERNEL(kMostThreads, 1)
+softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_GRID_CONSTANT const Plan plan,
+                        const Sums sums, const Hidden hidden) {
+  constexpr bool gated = ScorerT::kind == Scorer::gated, dot = ScorerT::kind == Scorer::dot;
+  constexpr bool additive = ScorerT::kind == Scorer::additive;
+  constexpr int pack = pack_size<T>();
+  const Sizes& n = p.sizes;
+  const int64_t block = block_index() / n.heads, head = block_index() % n.heads;
+  const bool keyed = p.keys.data != nullptr;
+  const int stride = plan.padded_queries, queries = static_cast<int>(n.queries);
+
+  SharedArena arena;
+  const Stages<T> value_tiles = take_stages<T>(arena, plan.tile, plan.value_width);
+  const Stages<T> key_tiles = keyed ? take_stages<T>(arena, plan.tile, plan.key_width) : value_tiles;
+  const Shared<float> weights = arena.take<float>(plan.tile * stride), grads = arena.take<float>(plan.tile * stride);
+  const Shared<float> units = arena.take<float>(additive || gated ? plan.tile * static_cast<int>(n.hidden) : 0);
+
+  const int groups = additive || gated ? HiddenThreads::groups_of(n.hidden, block_size()) : 1;
+  const bool shared_query = p.query.stride_batch == 0;
+  Gradient<T> g{p, weights, grads, units, nullptr, nullptr, nullptr, nullptr, nullptr};
+  if (sums.dw) g.dw = sums.dw + (block * n.heads + head) * groups * (gated ? n.queries : 1) * n.hidden;
+  if (sums.db_V) g.db_V = sums.db_V + block * groups * n.hidden;
+  if (sums.db_U) g.db_U = sums.db_U + block * groups * n.hidden;
+
+  Accumulator<T, Rows> dq;
+  const int most = Accumulator<T, Rows>::capacity(plan.key_width), held = most < stride ? most : stride;
+  if (dot) dq.start(held, plan.key_width);
+
+  const int64_t begin = hidden.first + block * plan.block_units, rest = hidden.last - begin;
+  const int64_t end = begin + (rest < plan.block_units ? rest : plan.block_units);
+  for (int64_t unit = begin; unit < end; ++unit) {
+    const Piece piece = piece_of(p, plan, unit);
+    const int64_t batch = items_batch(p, piece.sample), row = (piece.sample * n.heads + head) * n.queries;
+    const Span<const T*> value_items = span_of<T>(p.values, batch, head, n.features);
+    const Span<const T*> key_items = keyed ? span_of<T>(p.keys, batch, head, n.hidden) : value_items;
+    const Matrix<T> dz =
+        matrix<pack, T>(static_cast<const T*>(p.dz) + row * n.features, n.features, n.queries, n.features);
+    if (sums.dquery)
+      g.dquery = sums.dquery + ((shared_query ? block : unit) * n.heads + head) * groups * n.queries * n.hidden;
+    const auto count_of = [&](int64_t item) {
+      return static_cast<int>(piece.end - item < plan.tile ? piece.end - item : plan.tile);
+    };
+    const auto start_tile = [&](int64_t item, int stage) {
+      if (item < piece.end) {
+        fetch(value_tiles[stage], value_items, item, count_of(item));
+        if (keyed) fetch(key_tiles[stage], key_items, item, count_of(item));
+      }
+      async_commit();
+    };
+
+    int stage = 0;
+    block_sync();  // the tiles of the unit before were read
+    start_tile(piece.begin, 0);
+    for (int64_t item = piece.begin; item < piece.end; item += plan.tile, stage ^= 1) {
+      async_wait();
+      block_sync();  // this tile is there, and the other stage was read
+      start_tile(item + plan.tile, stage ^ 1);
+      const Tile<T> x = value_tiles[stage], keys = key_tiles[stage];
+      const View<T> view{p, piece.sample, head, 0, queries, x, keys, item, count_of(item), weights, stride};
+      if constexpr (gated) {
+        const int64_t at = (unit - hidden.first) * plan.length + item - piece.begin;
+        g.hidden = hidden.layer + at * 2 * n.hidden;
+        GatedScorer::score<T>(view, [&](int t, int k, float a, float b) {
+          if (t >= view.count) return;
+          store_global(g.hidden + int64_t{t} * 2 * n.hidden + k, a);
+          if (p.U) store_global(g.hidden + (int64_t{t} * 2 + 1) * n.hidden + k, b);
+        });
+      } else {
+        ScorerT::template score<Rows>(view);
+      }
+      sum_features<Rows>(x, dz, [&](int t, int m, float dp) { grads.store(t * stride + m, dp); });
+      block_sync();
+
+      for (int m = warp_id(); m < stride; m += warp_count()) {
+        const bool real = m < queries;
+        const Logits<T> logits(view, real ? m : 0);
+        const int64_t at = ((batch * n.heads + head) * n.queries + m) * n.items + item;
+        const float lse = real ? load_global(static_cast<const float*>(p.lse) + row + m) : 0.0f;
+        const float delta = real ? load_global(static_cast<const float*>(p.delta) + row + m) : 0.0f;
+        for (int t = lane_id(); t < plan.tile; t += kWarpSize) {
+          float weight = 0.0f, de = 0.0f;
+          if (real && t < view.count) {
+            const float l = logits.logit(t, weights.load(t * stride + m) + logits.c);
+            const bool none = lse == -INFINITY || (l == -INFINITY && lse == lse);
+            weight = none ? 0.0f : expf(l - lse);
+            const float dl = weight * (grads.load(t * stride + m) - delta);
+            if (p.dlogits) store_global(static_cast<float*>(p.dlogits) + at + t, dl);
+            de = logits.scale * dl;
+            if (p.dscores) de += load_global(static_cast<const float*>(p.dscores) + at + t);
+          }
+          weights.store(t * stride + m, weight);
+          grads.store(t * stride + m, de);
+        }
+      }
+      block_sync();
+
+      if constexpr (dot) {
+        const auto plainly = [](int) { return 1.0f; };
+        if (!p.dquery) {
+        } else if (held == stride) {
+          dq.add(keys, grads, stride, plainly);
+        } else {  // the registers hold some queries at a time; the sums wait in global memory
+          for (int first = 0; first < stride; first += held) {
+            dq.start(stride - first < held ? stride - first : held, plan.key_width, false);
+            each_held(dq, n, first, [&](int64_t i, float& value) { value = load_global(g.dquery + i); });
+            dq.add(keys, grads.slice(first, grads.count - first), stride, plainly);
+            each_held(dq, n, first, [&](int64_t i, float& value) { store_global(g.dquery + i, value); });
+          }
+        }
+      }
+      if constexpr (additive) add_additive(g, view);
+      if constexpr (gated) {
+        add_gated(g, view, units);
+        for (int i = thread_index(); i < view.count * queries && hidden.weights; i += block_size()) {
+          const int64_t to = (unit - hidden.first) * plan.length + item - piece.begin;
+          store_global(hidden.weights + to * queries + i, weights.load(i / queries * stride + i % queries));
+        }
+        continue;  // dvalues wait for the products with V and U
+      }
+
+      const Span<T*> dvalues = span_of<T>(p.dvalues, batch, head, n.features);
+      const Span<T*> dkeys = span_of<T>(p.dkeys, batch, head, n.hidden);
+      block_sync();  // x and the keys were read: their gradients take their place
+      // dkeys (or their part of dvalues) of 4 items and a pack of features
+      const auto add_dkeys = [&](RowSum<T>& sum, int t, int k) {
+        if constexpr (dot) sum.add(grads, stride, t, view.template query_matrix<pack>(), k);
+        if constexpr (additive) {
+#pragma unroll
+          for (int i = 0; i < kItemBlock; ++i)
+#pragma unroll
+            for (int v = 0; v < pack; ++v)
+              if (k + v < n.hidden) sum.sum[i][v] += units.load((t + i) * static_cast<int>(n.hidden) + k + v);
+        }
+      };
+      if (dvalues.data)
+        each_block(x, [&](int t, int d) {
+          RowSum<T> sum;
+          sum.add(weights, stride, t, dz, d);
+          if (!keyed) add_dkeys(sum, t, d);
+          sum.store(x, t, d);
+        });
+      if (keyed && dkeys.data)
+        each_block(keys, [&](int t, int k) {
+          RowSum<T> sum;
+          add_dkeys(sum, t, k);
+          sum.store(keys, t, k);
+        });
+      block_sync();
+      if (dvalues.data) put(x, dvalues, item, view.count);
+      if (keyed && dkeys.data) put(keys, dkeys, item, view.count);
+    }
+    async_wait();
+
+    if constexpr (dot)
+      if (p.dquery && held == stride && (!shared_query || unit + 1 == end)) {
+        block_sync();  // the tiles' memory carries the groups' sums
+        dq.merge_groups(Shared<float>::at(0, dq.groups > 1 ? dq.slots * Rows * pack : 0));
+        each_held(dq, n, 0, [&](int64_t i, float& value) { store_global(g.dquery + i, value); });
+        dq.clear();
+      }
+  }
+}
+
+// ------------------------------------------------------------------ launchers
+
+struct Carved {
+  Sums sums{};
+  Hidden hidden{};
+  float *dV = nullptr, *dU = nullptr;  // [splits, 2, K, D]
+  size_t sums_bytes, bytes;            // the sums come first: they are cleared
+};
+
+int64_t groups_of(const BackwardParams& p, const Plan& plan) {
+  const bool layered = p.scorer == Scorer::additive || p.scorer == Scorer::gated;
+  return layered ? HiddenThreads::groups_of(p.sizes.hidden, plan.threads) : 1;
+}
+
+bool shares_query(const BackwardParams& p) { return p.query.stride_batch == 0; }
+
+Carved carve(const BackwardParams& p, const Plan& plan, void* base) {
+  const Sizes& n = p.sizes;
+  Carver carver{static_cast<char*>(base)};
+  Carved c{};
+  if (p.scorer == Scorer::given) return c;
+  const int64_t groups = groups_of(p, plan);
+  if (p.dquery)
+    c.sums.dquery =
+        carver.take<float>((shares_query(p) ? plan.slots : plan.units) * n.heads * groups * n.queries * n.hidden);
+  if (p.dw)
+    c.sums.dw =
+        carver.take<float>(plan.slots * n.heads * groups * (p.scorer == Scorer::gated ? n.queries : 1) * n.hidden);
+  if (p.db_V) c.sums.db_V = carver.take<float>(plan.slots * groups * n.hidden);
+  if (p.db_U) c.sums.db_U = carver.take<float>(plan.slots * groups * n.hidden);
+  if (p.dV) c.dV = carver.take<float>(plan.splits * 2 * n.hidden * n.features);
+  c.sums_bytes = carver.bytes;
+  if (p.scorer == Scorer::gated) {
+    const int64_t rows = plan.chunk_units * plan.length;
+    c.hidden.layer = carver.take<float>(rows * 2 * n.hidden);
+    if (p.dvalues.data) c.hidden.weights = carver.take<float>(rows * n.queries);
+  }
+  c.bytes = carver.bytes;
+  return c;
+}
+
+template <class T>
+Status launch_gated(const BackwardParams& p, const Plan& plan, const Carved& c, void* stream) {
+  const bool one = plan.padded_queries == 1;
+  for (int64_t first = 0; first < plan.units; first += plan.chunk_units) {
+    Hidden hidden = c.hidden;
+    hidden.first = first;
+    hidden.last = first + plan.chunk_units < plan.units ? first + plan.chunk_units : plan.units;
+    const int64_t blocks = (hidden.last - first + plan.block_units - 1) / plan.block_units;
+    const LaunchConfig config{blocks, plan.threads, plan.shared_bytes};
+    Status status = one ? launch(softmax_pool_bwd_kernel<T, GatedScorer, 1>, config, stream, p, plan, c.sums, hidden)
+                        : launch(softmax_pool_bwd_kernel<T, GatedScorer, 4>, config, stream, p, plan, c.sums, hidden);
+    if (status.ok() && p.dvalues.data) status = launch_hidden_values<T>(p, plan, hidden, stream);
+    if (status.ok() && p.dV) status = launch_hidden_weights<T>(p, plan, hidden, c.dV, stream);
+    if (!status.ok()) return status;
+  }
+  return {};
+}
+
+// What a call without samples writes: parameters that it shares with others have gradients of zero.
+Status clear_gradients(const BackwardParams& p, void* stream) {
+  const Sizes& n = p.sizes;
+  const int64_t shared = shares_query(p) ? n.heads * n.queries * n.hidden : 0, matrix = n.hidden * n.features;
+  const std::pair<void*, int64_t> outputs[] = {
+      {p.dquery, shared}, {p.dV, matrix},     {p.dU, matrix},
+      {p.db_V, n.hidden}, {p.db_U, n.hidden}, {p.dw, (p.scorer == Scorer::gated ? n.queries : 1) * n.hidden}};
+  for (const auto& [out, count] : outputs) {
+    if (out == nullptr) continue;
+    if (const Status status = fill_bytes(out, 0, count * sizeof(float), stream); !status.ok()) return status;
+  }
+  return {};
+}
+
+Status launch_reductions(const BackwardParams& p, const Plan& plan, const Carved& c, void* stream) {
+  const Sizes& n = p.sizes;
+  const int64_t groups = groups_of(p, plan), queries = p.scorer == Scorer::gated ? n.queries : 1;
+  const auto to = [](void* out) { return static_cast<float*>(out); };
+  Reduction list[6];
+  if (p.dquery)
+    list[0] = {c.sums.dquery,
+               to(p.dquery),
+               n.queries * n.hidden,
+               (shares_query(p) ? 1 : n.batch) * n.heads,
+               n.heads,
+               groups,
+               shares_query(p) ? plan.slots : 0};
+  if (p.dw) list[1] = {c.sums.dw, to(p.dw), queries * n.hidden, 1, 1, n.heads * groups, plan.slots};
+  if (p.db_V) list[2] = {c.sums.db_V, to(p.db_V), n.hidden, 1, 1, groups, plan.slots};
+  if (p.db_U) list[3] = {c.sums.db_U, to(p.db_U), n.hidden, 1, 1, groups, plan.slots};
+  if (p.dV) list[4] = {c.dV, to(p.dV), n.hidden * n.features, 1, 2, 1, plan.splits};
+  if (p.dU) list[5] = {c.dV + n.hidden * n.features, to(p.dU), n.hidden * n.features, 1, 2, 1, plan.splits};
+  for (const Reduction& r : list) {
+    if (r.out == nullptr) continue;
+    if (const Status status = launch_reduce(p, plan, r, stream); !status.ok()) return status;
+  }
+  return {};
+}
+
+}  // namespace
+
+size_t backward_workspace_cuda(const BackwardParams& p, const Plan& plan) { return carve(p, plan, nullptr).bytes; }
+
+Status launch_backward_cuda(const BackwardParams& p, const Plan& plan, void* stream) {
+  if (p.sizes.batch == 0) return clear_gradients(p, stream);
+  cuda::DeviceProperties device;
+  if (const Status status = device_properties(device); !status.ok()) return status;
+  if (!fits(plan, device)) return kTooLarge;
+  const Carved c = carve(p, plan, p.workspace);
+  if (const Status status = fill_bytes(p.workspace, 0, c.sums_bytes, stream); !status.ok()) return status;
+  const Status status = visit_type(p.dtype, [&](auto type) -> Status {
+    using T = decltype(type);
+    return visit_scorer(p.scorer, [&](auto scorer) -> Status {
+      using S = decltype(scorer);
+      if constexpr (S::kind == Scorer::gated) {
+        return launch_gated<T>(p, plan, c, stream);
+      } else {
+        const LaunchConfig config{plan.grid, plan.threads, plan.shared_bytes};
+        const Hidden all{0, plan.units};
+        return plan.padded_queries == 1
+                   ? launch(softmax_pool_bwd_kernel<T, S, 1>, config, stream, p, plan, c.sums, all)
+                   : launch(softmax_pool_bwd_kernel<T, S, 4>, config, stream, p, plan, c.sums, all);
+      }
+    });
+  });
+  return status.ok() ? launch_reductions(p, plan, c, stream) : status;
+}
+
+size_t backward_workspace_cuda(const BackwardParams& p) {
+  cuda::DeviceProperties device;
+  if (!device_properties(device).ok()) return 0;
+  return backward_workspace_cuda(p, make_plan(problem_of(p), device));
+}
+
+Status launch_backward_cuda(const BackwardParams& p, void* stream) {
+  cuda::DeviceProperties device;
+  if (const Status status = device_properties(device); !status.ok()) return status;
+  return launch_backward_cuda(p, make_plan(problem_of(p), device), stream);
+}
+
+}  // namespace attnkern::softmax_pool

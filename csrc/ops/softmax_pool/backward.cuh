@@ -1,0 +1,164 @@
+// What a tile's de adds to the gradients of a scorer's parameters, and how blocks' sums are added up.
+#pragma once
+
+#include "ops/softmax_pool/launch.cuh"
+
+namespace attnkern::softmax_pool {
+
+// Blocks' own sums of the gradients that many items share; softmax_pool_reduce_kernel adds them up. Null: not needed.
+struct Sums {
+  float* dquery = nullptr;  // [slots, H, groups, M, K]; slots: blocks where the samples share the query, else units
+  float* dw = nullptr;      // [blocks, H, groups, rows of w, K]
+  float* db_V = nullptr;    // [blocks, groups, K]
+  float* db_U = nullptr;
+};
+
+// The hidden layer of a range of units (gated), a row an item and `length` rows a unit.
+struct Hidden {
+  int64_t first = 0, last = 0;  // units
+  float* layer = nullptr;       // [rows, 2, K]: V v + b_V and U v + b_U, then their gradients
+  float* weights = nullptr;     // p [rows, M]
+};
+
+// How a block's threads share K hidden units: each has `index` and those block_size() on, of every `groups`-th item.
+struct HiddenThreads {
+  int hidden, groups, group, index;
+
+  ATTNKERN_HOST_DEVICE static int groups_of(int64_t hidden, int threads) {
+    return hidden < threads ? threads / static_cast<int>(hidden) : 1;
+  }
+  ATTNKERN_DEVICE explicit HiddenThreads(int64_t units)
+      : hidden(static_cast<int>(units)), groups(groups_of(units, block_size())) {
+    group = groups > 1 ? thread_index() / hidden : 0;
+    index = groups > 1 ? thread_index() % hidden : thread_index();
+  }
+  template <class F>
+  ATTNKERN_DEVICE void each(const F& f) const {
+    if (group < groups)
+      for (int k = index; k < hidden; k += block_size()) f(k);
+  }
+};
+
+ATTNKERN_DEVICE void add_global(float* to, float value) { store_global(to, load_global(to) + value); }
+
+// What a tile's gradients are made of, beside its View.
+template <class T>
+struct Gradient {
+  const BackwardParams& p;
+  Shared<float> weights, de;  // p and de [items, stride]
+  Shared<float> dkeys;        // additive: [items, K]
+  float *dquery, *dw;         // this block's (slot's, head's) sums; null: not needed
+  float *db_V, *db_U;
+  float* hidden;  // gated: this tile's rows of Hidden
+};
+
+// dh = de w act'(k + q);  dk = sum_m dh, dq += sum_n dh, dw += sum_n,m de act(k + q).
+template <class T>
+ATTNKERN_DEVICE void add_additive(const Gradient<T>& g, const View<T>& v) {
+  const BackwardParams& p = g.p;
+  const HiddenThreads own(p.sizes.hidden);
+  float* const dquery = g.dquery ? g.dquery + int64_t{own.group} * v.queries * own.hidden : nullptr;
+  own.each([&](int k) {
+    const float w = load_global(static_cast<const float*>(p.w) + k);
+    float dw = 0.0f;
+    for (int m = 0; m < v.queries; ++m) {
+      const float q = load_global(row_of(p.query, v.sample, v.head, m) + k);
+      float dq = 0.0f;
+      for (int t = own.group; t < v.x.items; t += own.groups) {
+        const float h = widen(v.keys.data.load(t * v.keys.stride + k)) + q, de = g.de.load(t * v.stride + m);
+        const float dh = t < v.count ? hidden_backward(p.act, de * w, h) : 0.0f;
+        const int at = t * own.hidden + k;
+        g.dkeys.store(at, m ? g.dkeys.load(at) + dh : dh);
+        dq += dh;
+        if (t < v.count) dw += de * hidden_act(p.act, h);
+      }
+      if (dquery) add_global(dquery + m * own.hidden + k, dq);
+    }
+    if (g.dw) add_global(g.dw + own.group * own.hidden + k, dw);
+  });
+}
+
+// g = sum_m de w;  da = g sigmoid(b) act'(a), db = g act(a) sigmoid'(b) in place of a, b;
+// dw += sum_n de act(a) sigmoid(b), db_V += sum_n da, db_U += sum_n db.
+template <class T>
+ATTNKERN_DEVICE void add_gated(const Gradient<T>& g, const View<T>& v, const Shared<float>& units) {
+  const BackwardParams& p = g.p;
+  const HiddenThreads own(p.sizes.hidden);
+  const auto* w = static_cast<const float*>(p.w);
+  own.each([&](int k) {
+    float da_sum = 0.0f, db_sum = 0.0f;
+    for (int t = own.group; t < v.count; t += own.groups) {
+      float* const at = g.hidden + int64_t{t} * 2 * own.hidden + k;
+      const float a = load_global(at), act = hidden_act(p.act, a);
+      const float b = p.U ? load_global(at + own.hidden) : 0.0f, s = p.U ? sigmoid(b) : 1.0f;
+      float grad = 0.0f;
+      for (int m = 0; m < v.queries; ++m) grad += g.de.load(t * v.stride + m) * load_global(w + m * own.hidden + k);
+      const float da = hidden_backward(p.act, grad * s, a), db = grad * act * s * (1.0f - s);
+      store_global(at, da);
+      if (p.U) store_global(at + own.hidden, db);
+      units.store(t * own.hidden + k, act * s);
+      da_sum += da;
+      db_sum += db;
+    }
+    if (g.db_V) add_global(g.db_V + own.group * own.hidden + k, da_sum);
+    if (g.db_U) add_global(g.db_U + own.group * own.hidden + k, db_sum);
+    if (!g.dw) return;
+    for (int m = 0; m < v.queries; ++m) {
+      float sum = 0.0f;
+      for (int t = own.group; t < v.count; t += own.groups)
+        sum += g.de.load(t * v.stride + m) * units.load(t * own.hidden + k);
+      add_global(g.dw + (int64_t{own.group} * v.queries + m) * own.hidden + k, sum);
+    }
+  });
+}
+
+constexpr int kReduceRows = 8;
+
+// What is added up: out[o, i] = sum over the slots of o and over groups of partial[slot, head of o, group, i].
+struct Reduction {
+  const float* partial = nullptr;
+  float* out = nullptr;
+  int64_t count = 0;    // elements i
+  int64_t outputs = 0;  // o: samples x heads, or heads
+  int64_t heads = 1, groups = 1;
+  int64_t slots = 0;  // of every output; 0: the units of its sample
+};
+
+// Computes   a Reduction
+// Layout     dense
+// Mapping    a block: 32 elements of an output, 8 rows of warps along the slots
+// Traffic    the partial sums once
+// Numerics   float; every 8th term in order, then the 8 sums in order
+ATTNKERN_KERNEL(kReduceRows* kWarpSize, 4)
+softmax_pool_reduce_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_GRID_CONSTANT const Plan plan,
+                           const Reduction r) {
+  SharedArena arena;
+  const Shared<float> sums = arena.take<float>(kReduceRows * kWarpSize);
+  const int64_t blocks = (r.count + kWarpSize - 1) / kWarpSize, output = block_index() / blocks;
+  const int64_t i = block_index() % blocks * kWarpSize + lane_id(), head = output % r.heads;
+  Units slots{0, r.slots};
+  if (r.slots == 0) slots = units_of(p, plan, output / r.heads);
+  const int64_t rows = (slots.last - slots.first) * r.groups;
+  float sum = 0.0f;
+  if (i < r.count) {
+#pragma unroll 4
+    for (int64_t row = warp_id(); row < rows; row += kReduceRows) {
+      const int64_t slot = slots.first + row / r.groups, group = row % r.groups;
+      sum += load_global(r.partial + ((slot * r.heads + head) * r.groups + group) * r.count + i);
+    }
+  }
+  sums.store(thread_index(), sum);
+  block_sync();
+  if (warp_id() > 0 || i >= r.count) return;
+  for (int w = 1; w < kReduceRows; ++w) sum += sums.load(w * kWarpSize + lane_id());
+  store_global(r.out + output * r.count + i, sum);
+}
+
+inline Status launch_reduce(const BackwardParams& p, const Plan& plan, const Reduction& r, void* stream) {
+  const int64_t blocks = (r.count + kWarpSize - 1) / kWarpSize;
+  return launch(softmax_pool_reduce_kernel,
+                {r.outputs * blocks, kReduceRows * kWarpSize, shared_bytes<float>(kReduceRows * kWarpSize)}, stream, p,
+                plan, r);
+}
+
+}  // namespace attnkern::softmax_pool

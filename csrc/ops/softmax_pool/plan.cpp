@@ -1,0 +1,178 @@
+#include "ops/softmax_pool/plan.h"
+
+#include <algorithm>
+#include <string>
+
+#include "core/plan_registry.h"
+
+namespace attnkern::softmax_pool {
+namespace {
+
+// Tuning, apart from the algorithm.
+constexpr int kMostItems = 64;             // of a tile
+constexpr int64_t kLeastPieceTiles = 2;    // a piece pays for its start and its merge
+constexpr int64_t kChunkBytes = 24 << 20;  // of the gated scorer's hidden gradients: they stay in L2
+
+constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
+
+int pack_of(const Problem& p) { return 16 / p.dtype_bytes; }
+
+int64_t row_bytes(const Problem& p, int64_t width) { return ((width / pack_of(p)) | 1) * 16; }
+
+int64_t array_bytes(int64_t floats) { return round_up(4 * floats, 16); }
+
+// Of a block; its groups of threads hand sums over in the memory of its tiles.
+int64_t shared_bytes(const Problem& p, const Plan& plan, int64_t tile) {
+  const int64_t items = 2 * tile * (row_bytes(p, plan.value_width) + (p.keyed ? row_bytes(p, plan.key_width) : 0));
+  const int64_t rows = plan.padded_queries, handed = array_bytes(int64_t{plan.threads} * 4 * pack_of(p));
+  if (p.direction == Direction::forward)
+    return 3 * array_bytes(rows) + std::max(items + array_bytes(tile * rows), handed);
+  const bool layered = p.scorer == Scorer::additive || p.scorer == Scorer::gated;
+  return std::max(items + 2 * array_bytes(tile * rows) + (layered ? array_bytes(tile * p.sizes.hidden) : 0), handed);
+}
+
+// Queries whose sums over `width` features a block's registers hold (Accumulator in sums.cuh).
+int64_t held_queries(const Problem& p, const Plan& plan, bool one) {
+  const int64_t width = p.direction == Direction::forward ? plan.value_width : plan.key_width;
+  const int64_t rounds = kAccumulators / ((one ? 1 : 4) * pack_of(p));
+  return plan.threads * rounds / (width / pack_of(p)) * (one ? 1 : 4);
+}
+
+// Blocks of a wave: all that the device holds at once.
+int64_t slots_of(const Plan& plan, const cuda::DeviceProperties& device) {
+  return int64_t{device.sm_count} * std::max(plan.blocks_per_sm, 1);
+}
+
+// Pieces of a sample: as few as fill the last wave. A piece costs a tile to start, and its partial sums are merged.
+int64_t choose_pieces(const Problem& p, const Plan& plan, const cuda::DeviceProperties& device, int64_t groups) {
+  const int64_t tiles = ceil_div(p.sizes.items, plan.tile), slots = slots_of(plan, device);
+  const int64_t most = std::max<int64_t>(1, std::min(tiles / kLeastPieceTiles, ceil_div(2 * slots, groups)));
+  int64_t best = 1;
+  double least = -1;
+  for (int64_t pieces = 1; pieces <= most; ++pieces) {
+    const int64_t waves = ceil_div(groups * pieces, slots);
+    const double time = double(waves) * (ceil_div(tiles, pieces) + 1) + (pieces > 1 ? 2.0 : 0.0);
+    if (least < 0 || time < 0.97 * least) {
+      best = pieces;
+      least = time;
+    }
+  }
+  return best;
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const Force& force) {
+  Plan plan{};
+  const Sizes& n = p.sizes;
+  const int64_t pack = pack_of(p);
+  const bool backward = p.direction == Direction::backward;
+  plan.value_width = static_cast<int>(round_up(n.features, pack));
+  plan.key_width = p.keyed ? static_cast<int>(round_up(n.hidden, pack)) : plan.value_width;
+
+  const int64_t padded = n.queries == 1 ? 1 : round_up(n.queries, 4);
+  plan.block_queries = static_cast<int>(padded);
+  // 256 threads, so that two blocks share an SM, where their registers hold the sums; else 512.
+  for (plan.threads = 256; plan.threads < kMostThreads && held_queries(p, plan, padded == 1) < padded;)
+    plan.threads *= 2;
+  if (!backward) plan.block_queries = static_cast<int>(std::min(padded, held_queries(p, plan, padded == 1)));
+  if (plan.block_queries == 0) return plan;  // not even one: the launcher refuses
+  plan.query_blocks = backward ? 1 : static_cast<int>(ceil_div(n.queries, plan.block_queries));
+  if (!backward && padded > 1)  // blocks of the same size
+    plan.block_queries = static_cast<int>(round_up(ceil_div(n.queries, plan.query_blocks), 4));
+  plan.padded_queries = plan.block_queries;
+
+  // Two blocks an SM where four items fit, so that one's loads hide the other's barriers; tiles as long as fit then.
+  const int64_t half = std::min<int64_t>(device.shared_bytes_per_block, device.shared_bytes_per_sm / 2 - 1024);
+  const int64_t limit = shared_bytes(p, plan, 4) <= half ? half : device.shared_bytes_per_block;
+  plan.blocks_per_sm = limit == half && plan.threads < kMostThreads ? 2 : 1;
+  plan.tile = 4;
+  while (plan.tile < kMostItems && shared_bytes(p, plan, 2 * plan.tile) <= limit && plan.tile < n.items) plan.tile *= 2;
+  if (force.tile) plan.tile = force.tile;
+  plan.shared_bytes = static_cast<int>(std::min<int64_t>(shared_bytes(p, plan, plan.tile), INT32_MAX));
+
+  const int64_t groups = std::max<int64_t>(1, (p.ragged ? 1 : n.batch) * n.heads * plan.query_blocks);
+  int64_t pieces = force.pieces ? force.pieces : choose_pieces(p, plan, device, groups);
+  plan.length = std::max<int64_t>(plan.tile, round_up(ceil_div(n.items, pieces), plan.tile));
+  plan.pieces = p.ragged ? 0 : std::max<int64_t>(1, ceil_div(n.items, plan.length));
+  plan.units = p.ragged ? n.batch + n.items / plan.length : n.batch * plan.pieces;
+  plan.block_units = 1;
+  // Gradients that all samples share: as many partial sums as blocks run at once.
+  if (p.summed) plan.block_units = std::max<int64_t>(1, plan.units * n.heads / slots_of(plan, device));
+  const int64_t blocks = ceil_div(plan.units, plan.block_units);
+  plan.slots = p.summed ? blocks : plan.units;
+  plan.grid = blocks * n.heads * plan.query_blocks;
+  const int64_t products = ceil_div(n.hidden, kPanel) * ceil_div(n.features, kProductColumns) * 2;
+  const int64_t unit_bytes = plan.length * 2 * n.hidden * 4;
+  plan.chunk_units = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(unit_bytes, 1));
+  plan.splits = static_cast<int>(std::clamp<int64_t>(2 * device.sm_count / std::max<int64_t>(products, 1), 1,
+                                                     std::min<int64_t>(16, plan.chunk_units)));
+  return plan;
+}
+
+namespace {
+
+Problem problem_of(const Inputs& p, Direction direction) {
+  return {direction, p.scorer, p.sizes, size_of(p.dtype), p.keys.data != nullptr, p.offsets != nullptr, false};
+}
+
+}  // namespace
+
+Problem problem_of(const ForwardParams& params) { return problem_of(params, Direction::forward); }
+
+Problem problem_of(const BackwardParams& params) {
+  Problem p = problem_of(params, Direction::backward);
+  p.summed = params.dw || params.dV || (params.dquery && params.query.stride_batch == 0);
+  return p;
+}
+
+namespace {
+
+PlanAnswer answer(const PlanQuery& query, Direction direction) {
+  const auto get = [&](const char* name, int64_t otherwise) {
+    const auto found = query.find(name);
+    return found == query.end() ? otherwise : found->second;
+  };
+  Problem p{};
+  p.direction = direction;
+  p.scorer = static_cast<Scorer>(get("scorer", 0));
+  p.sizes = {get("batch", 1),   get("heads", 1),    get("items", 1),
+             get("queries", 1), get("features", 1), get("hidden", 0)};
+  p.dtype_bytes = static_cast<int>(get("dtype_bytes", 4));
+  p.keyed = get("keyed", 0) != 0;
+  p.ragged = get("ragged", 0) != 0;
+  p.summed = get("summed", 0) != 0;
+  cuda::DeviceProperties device;
+  device.compute_capability = static_cast<int>(get("compute_capability", device.compute_capability));
+  device.sm_count = static_cast<int>(get("sm_count", device.sm_count));
+  device.shared_bytes_per_block = static_cast<int>(get("shared_per_block", device.shared_bytes_per_block));
+  device.shared_bytes_per_sm = static_cast<int>(get("shared_per_sm", device.shared_bytes_per_block + 1024));
+  device.l2_bytes = get("l2_bytes", device.l2_bytes);
+  const Plan plan = make_plan(p, device, {get("force_pieces", 0), static_cast<int>(get("force_tile", 0))});
+  return {
+      {"threads", std::to_string(plan.threads)},
+      {"tile", std::to_string(plan.tile)},
+      {"value_width", std::to_string(plan.value_width)},
+      {"key_width", std::to_string(plan.key_width)},
+      {"block_queries", std::to_string(plan.block_queries)},
+      {"query_blocks", std::to_string(plan.query_blocks)},
+      {"length", std::to_string(plan.length)},
+      {"pieces", std::to_string(plan.pieces)},
+      {"units", std::to_string(plan.units)},
+      {"block_units", std::to_string(plan.block_units)},
+      {"slots", std::to_string(plan.slots)},
+      {"chunk_units", std::to_string(plan.chunk_units)},
+      {"grid", std::to_string(plan.grid)},
+      {"shared_bytes", std::to_string(plan.shared_bytes)},
+      {"blocks_per_sm", std::to_string(plan.blocks_per_sm)},
+  };
+}
+
+const RegisterPlan forward_plan("softmax_pool_forward",
+                                [](const PlanQuery& query) { return answer(query, Direction::forward); });
+const RegisterPlan backward_plan("softmax_pool_backward",
+                                 [](const PlanQuery& query) { return answer(query, Direction::backward); });
+
+}  // namespace
+}  // namespace attnkern::softmax_pool

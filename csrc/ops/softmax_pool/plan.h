@@ -1,0 +1,68 @@
+// How a call is cut up: a pure function of sizes, types and device properties.
+#pragma once
+
+#include <cstdint>
+
+#include "cuda/device.h"
+#include "ops/softmax_pool/params.h"
+
+namespace attnkern::softmax_pool {
+
+enum class Direction : int { forward, backward };
+
+struct Problem {
+  Direction direction;
+  Scorer scorer;
+  Sizes sizes;
+  int dtype_bytes;
+  bool keyed;   // keys are not the values
+  bool ragged;  // bags
+  bool summed;  // backward: gradients of parameters that all samples share
+};
+
+constexpr int kMostThreads = 512;
+constexpr int kAccumulators = 32;  // weighted sums that a thread has in registers
+constexpr int kProductThreads = 256;
+constexpr int kProductItems = 32;     // items of a tile of the gated scorer's products
+constexpr int kPanel = 64;            // hidden units of theirs
+constexpr int kProductColumns = 128;  // features of theirs
+
+// A sample's items are cut into pieces of `length` (a bag's where a multiple of `length` falls inside it); a block
+// takes a piece, a head and a block of queries, and streams the piece through shared memory in tiles.
+struct Plan {
+  int threads;
+  int tile;         // items in shared memory, in each of two stages
+  int value_width;  // features of a tile's values and keys, with padding
+  int key_width;
+  int block_queries;   // queries of a block, whose weighted sums its registers hold
+  int padded_queries;  // that number in shared memory
+  int query_blocks;
+  int64_t length;       // items of a piece
+  int64_t pieces;       // of a sample; 0 where ragged
+  int64_t units;        // pieces of all samples
+  int64_t block_units;  // consecutive units of a block: more than one where their gradients are summed
+  int64_t slots;        // partial sums: units, or blocks where summed
+  int64_t chunk_units;  // units whose hidden gradients the workspace holds at once (gated backward)
+  int splits;           // blocks that share a chunk in the sums of dV and dU
+  int64_t grid;
+  int shared_bytes;  // too many where the device cannot run it
+  int blocks_per_sm;
+};
+
+// Tests force what a plan would choose by itself.
+struct Force {
+  int64_t pieces = 0;
+  int tile = 0;
+};
+
+Problem problem_of(const ForwardParams& params);
+Problem problem_of(const BackwardParams& params);
+Plan make_plan(const Problem& problem, const cuda::DeviceProperties& device, const Force& force = {});
+
+// The launchers of params.h with a given plan, for tests that force one.
+size_t forward_workspace_cuda(const ForwardParams& params, const Plan& plan);
+size_t backward_workspace_cuda(const BackwardParams& params, const Plan& plan);
+Status launch_forward_cuda(const ForwardParams& params, const Plan& plan, void* stream);
+Status launch_backward_cuda(const BackwardParams& params, const Plan& plan, void* stream);
+
+}  // namespace attnkern::softmax_pool

@@ -1,0 +1,180 @@
+"""Softmax pooling's CUDA launchers on the emulator, as its torch operators.
+
+What register.cpp does for the device: tensors -> the structs of params.h -> the launcher.
+"""
+
+from __future__ import annotations
+
+import ctypes
+from dataclasses import dataclass, field
+from typing import Any
+
+import run as simt
+import torch
+from torch import Tensor
+
+from attnkern.ops.softmax_pool import op
+from attnkern.ops.softmax_pool.reference import ACTS, SCORERS, Inputs, Options, accumulation_dtype
+
+SOURCES = (
+    "tests/simt/softmax_pool.cpp",
+    *(f"csrc/ops/softmax_pool/{name}" for name in ("forward.cu", "backward.cu", "plan.cpp")),
+)
+# the order of the enumerators in csrc
+_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
+
+_struct = simt.struct
+Items = _struct("Items", "data stride_batch:l stride_head:l stride_item:l stride_feature:l")
+Rows = _struct("Rows", "data stride_batch:l stride_head:l stride_query:l")
+_Sizes = _struct("_Sizes", "batch:l heads:l items:l queries:l features:l hidden:l")
+_Inputs = _struct(
+    "_Inputs",
+    "dtype:i sizes:s scorer:i act:i scale:d values:t keys:t query:r scores:r V b_V U b_U w "
+    "c:r bias:r offsets",
+    s=_Sizes,
+    t=Items,
+    r=Rows,
+)
+ForwardParams = _struct("ForwardParams", "z lse scores_out workspace", _Inputs)
+BackwardParams = _struct(
+    "BackwardParams",
+    "dz delta dscores lse dvalues:t dkeys:t dquery dlogits dV db_V dU db_U dw workspace",
+    _Inputs,
+    t=Items,
+)
+Force = _struct("Force", "pieces:l tile:i")
+Plan = _struct(
+    "Plan",
+    "threads:i tile:i value_width:i key_width:i block_queries:i padded_queries:i query_blocks:i length:l "
+    "pieces:l units:l block_units:l slots:l chunk_units:l splits:i grid:l shared_bytes:i "
+    "blocks_per_sm:i",
+)
+
+
+@dataclass
+class Emulated:
+    """The operator on the emulated device.
+
+    ``force`` are the fields of plan.h's Force; None calls the launchers of params.h, which plan by
+    themselves.  ``plans`` lists what ran.
+    """
+
+    library: ctypes.CDLL
+    device: simt.Device
+    force: dict[str, int] | None = field(default_factory=dict)
+    plans: list[Any] = field(default_factory=list)
+
+    @classmethod
+    def build(cls) -> Emulated:
+        library = simt.build("softmax_pool", *SOURCES)
+        library.sp_forward.restype = library.sp_backward.restype = ctypes.c_char_p
+        sizes = (ctypes.c_size_t * 4)()
+        library.sp_sizes(sizes)
+        mirrors = [ctypes.sizeof(s) for s in (ForwardParams, BackwardParams, Force, Plan)]
+        assert list(sizes) == mirrors, "the structs here no longer mirror params.h and plan.h"
+        return cls(library, simt.Device(library))
+
+    def operators(self) -> tuple[tuple[Any, Any], ...]:
+        """Each operator and what serves it here."""
+        return (op.softmax_pool_fwd, self.forward), (op.softmax_pool_bwd, self.backward)
+
+    # ---- the torch operators
+
+    def forward(self, *arguments: Any) -> tuple[Tensor, ...]:
+        i, options, return_scores = (
+            Inputs(*arguments[:12]),
+            Options(*arguments[12:15]),
+            arguments[15],
+        )
+        p = ForwardParams()
+        self._fill(p, i, options)
+        batch, heads, items, features = i.values.shape
+        rows = op.rows_of(i)
+        small = torch.empty(0, dtype=accumulation_dtype(i.values.dtype))
+        outputs = {
+            "z": i.values.new_empty(*rows, features),
+            "lse": small.new_empty(rows),
+            "scores_out": small.new_empty((batch, heads, rows[2], items) if return_scores else 0),
+        }
+        self._call("forward", p, outputs)
+        return tuple(outputs.values())
+
+    def backward(
+        self, dz: Tensor, delta: Tensor, dscores: Tensor | None, *rest: Any
+    ) -> tuple[Tensor, ...]:
+        i, lse, options, needs = Inputs(*rest[:12]), rest[12], Options(*rest[13:16]), rest[16:]
+        p = BackwardParams()
+        self._fill(p, i, options)
+        for name, t in {"dz": dz, "delta": delta, "dscores": dscores, "lse": lse}.items():
+            setattr(p, name, self._upload(t, name))
+        values, keys, query, weights, logits = needs
+        batch, heads, items, _ = i.values.shape
+
+        def like(t: Tensor | None, needed: bool, dtype: torch.dtype | None = None) -> Tensor:
+            empty = i.values.new_empty(0)
+            return torch.empty_like(t, dtype=dtype) if t is not None and needed else empty
+
+        outputs = {
+            "dvalues": like(i.values, values),
+            "dkeys": like(i.keys, keys),
+            "dquery": like(i.query, query),
+            "dlogits": lse.new_empty((batch, heads, dz.shape[2], items) if logits else 0),
+            **{
+                f"d{name}": like(getattr(i, name), weights, lse.dtype)
+                for name in ("V", "b_V", "U", "b_U", "w")
+            },
+        }
+        self._call("backward", p, outputs)
+        return tuple(outputs.values())
+
+    # ---- tensors to device memory and back
+
+    def _upload(self, t: Tensor | None, name: str) -> int | None:
+        return None if t is None or t.numel() == 0 else self.device.upload(t, name)
+
+    def _rows(self, t: Tensor | None, name: str) -> Any:
+        """The strides of [B, H, M, ...], 0 along axes of size 1."""
+        if t is None or t.numel() == 0:
+            return Rows()
+        strides = (s if n > 1 else 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True))
+        return Rows(self._upload(t, name), *strides)
+
+    def _fill(self, p: Any, i: Inputs, o: Options) -> None:
+        batch, _, queries = op.rows_of(i)
+        _, heads, items, features = i.values.shape
+        p.dtype = _DTYPES.index(i.values.dtype)
+        hidden = 0
+        if o.scorer == "gated":
+            hidden = i.V.shape[0]
+        elif o.scorer != "given":
+            hidden = features if i.keys is None else i.keys.shape[3]
+        p.sizes = _Sizes(batch, heads, items, queries, features, hidden)
+        p.scorer, p.act, p.scale = SCORERS.index(o.scorer), ACTS.index(o.act), o.scale
+        p.values = Items(self._upload(i.values, "values"), *i.values.stride())
+        if i.keys is not None:
+            p.keys = Items(self._upload(i.keys, "keys"), *i.keys.stride())
+        for name in ("query", "scores", "c", "bias"):
+            setattr(p, name, self._rows(getattr(i, name), name))
+        for name in ("V", "b_V", "U", "b_U", "w", "offsets"):
+            setattr(p, name, self._upload(getattr(i, name), name))
+
+    def _call(self, direction: str, p: Any, outputs: dict[str, Tensor]) -> None:
+        addresses = {
+            name: self.device.empty(t.numel() * t.element_size(), name)
+            for name, t in outputs.items()
+            if t.numel()
+        }
+        for name, address in addresses.items():
+            items = name in ("dvalues", "dkeys")
+            setattr(p, name, Items(address, *outputs[name].stride()) if items else address)
+        plan = Plan()
+        force = None if self.force is None else ctypes.byref(Force(**self.force))
+        launcher = getattr(self.library, f"sp_{direction}")
+        message = launcher(ctypes.byref(p), force, ctypes.byref(plan))
+        self.plans.append(plan)
+        try:
+            assert message is None, f"softmax_pool {direction}: {message.decode()}"
+            for name, address in addresses.items():
+                self.device.download(outputs[name], address, name)
+        finally:
+            self.device.release()
