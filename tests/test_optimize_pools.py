@@ -1,0 +1,511 @@
+"""Drop-in rules of the pooling heads: budget, reports, survival, inputs, hooks, masks and dropout."""
+
+import copy
+import functools
+import io
+import pickle
+import warnings
+
+import pool_modules as copied
+import pytest
+import torch
+import torch._dynamo
+from conftest import DTYPES, TARGETS
+from monai.networks.nets import MILModel
+from open_clip.modified_resnet import AttentionPool2d as OpenClipPool
+from test_optimize import traces
+from timm.layers import AttentionPool2d, AttentionPoolLatent, GlobalContext, RmsNorm
+from torch import nn
+from torch.utils.checkpoint import checkpoint
+
+import attnkern
+from attnkern import _select, testing
+from attnkern.ops.softmax_pool import call as pool_call
+
+
+class Flat(nn.Module):
+    """A backbone for MILModel."""
+
+    def forward(self, x):
+        return x.flatten(1)
+
+
+def mil(mode):
+    return MILModel(2, mil_mode=mode, backbone=Flat(), backbone_num_features=24)
+
+
+HEADS = {
+    "latent": (lambda: AttentionPoolLatent(32, num_heads=4, norm_layer=nn.LayerNorm), (3, 9, 32)),
+    "latents": (
+        lambda: AttentionPoolLatent(
+            32, 24, num_heads=2, latent_len=3, pos_embed="abs", feat_size=9, pool_type="avg",
+        ),
+        (3, 9, 32),
+    ),
+    "latent without projections": (
+        lambda: AttentionPoolLatent(32, 0, q_proj=False, qkv_bias=False, pool_type=""),
+        (3, 9, 32),
+    ),
+    "normalised keys": (
+        lambda: AttentionPoolLatent(32, num_heads=4, qk_norm=True, norm_layer=RmsNorm),
+        (3, 9, 32),
+    ),
+    "pool2d": (lambda: AttentionPool2d(32, 3, 10, head_dim=8), (3, 32, 3, 3)),
+    "pool2d resampled": (
+        lambda: AttentionPool2d(32, 3, 0, embed_dim=32, head_dim=8, qkv_separate=True, class_token=True),
+        (3, 32, 4, 5),
+    ),
+    "global context": (lambda: GlobalContext(32), (3, 32, 4, 5)),
+    "global context added": (
+        lambda: GlobalContext(32, fuse_add=True, gate_layer="hard_sigmoid"),
+        (3, 32, 4, 5),
+    ),
+    "open_clip": (lambda: OpenClipPool(3, 32, 4, 10), (3, 32, 3, 3)),
+    "clip": (lambda: copied.OpenAIAttentionPool2d(3, 32, 4, 10), (3, 32, 3, 3)),
+    "clam plain": (lambda: copied.CLAM(gate=False), (40, 24)),
+    "clam gated": (lambda: copied.CLAM(dropout=0.1), (40, 24)),
+    "clam branches": (lambda: copied.CLAM(n_classes=3), (40, 24)),
+    "torchmil": (lambda: copied.AttentionPool(act="gelu"), (3, 9, 24)),
+    "torchmil gated": (lambda: copied.AttentionPool(gated=True), (3, 9, 24)),
+    "monai": (lambda: mil("att"), (3, 9, 2, 3, 4)),
+    "monai transformer": (lambda: mil("att_trans"), (3, 9, 2, 3, 4)),
+    "captioning": (copied.Decoder, (4, 9, 24)),
+}  # fmt: skip
+POOLS = [
+    target
+    for target in TARGETS
+    if _select.refuse(target.impl, torch.device(target.device), torch.float32, "softmax_pool_fwd")
+    is None
+]
+
+
+def head(name, dtype=torch.float32):
+    """The seeded module in eval mode, and its input."""
+    torch.manual_seed(0)
+    make, shape = HEADS[name]
+    model = make()
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+    return model.to(dtype).eval(), x.to(dtype)
+
+
+def first(y):
+    return y[0] if isinstance(y, tuple) else y
+
+
+def gradients(model, x, **options):
+    x = x.detach().clone().requires_grad_()
+    outputs = testing.as_tuple(model(x, **options))
+    dy = testing.noise_like(outputs)
+    inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
+    grads = torch.autograd.grad(outputs, inputs, dy, allow_unused=True, materialize_grads=True)
+    return [*outputs, *grads]
+
+
+def close(got, want, tolerance=1e-4):
+    assert len(got) == len(want)
+    steepest = max(float(w.detach().abs().max()) for w in want)
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * steepest)
+
+
+@pytest.fixture
+def served(monkeypatch):
+    """How many pools the operator has computed."""
+    calls, original = [], pool_call.pool
+
+    def counted(*arguments):
+        calls.append(arguments)
+        return original(*arguments)
+
+    monkeypatch.setattr(pool_call, "pool", counted)
+    return calls
+
+
+# ------------------------------------------------------------------ results
+
+
+def _spec(name, model, impl):
+    """Module and optimized module as functions of x and every parameter, for the budget's oracle."""
+    optimized = copy.deepcopy(model)
+    assert attnkern.optimize(optimized, impl=impl, strict=True).replaced
+
+    def function(net):
+        return lambda x, **parameters: torch.func.functional_call(net, parameters, x)
+
+    case = testing.Case(name, {})
+    return testing.OpSpec(name, function(optimized), function(model), [case], "softmax_pool_fwd")
+
+
+@pytest.mark.parametrize("target", POOLS, ids=str)
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("kind", DTYPES[:3], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_errors_are_within_the_budget(name, kind, train, target, served):
+    model, x = head(name)
+    if train and name == "monai transformer":
+        pytest.skip("torch's encoder layer has another dropout in float64 than in bfloat16")
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = 0.0
+    spec = _spec(name, model.train(train), target.impl)
+    tensors = {"x": x, **dict(model.named_parameters())}
+    tensors = {key: t.detach().to(target.device, kind) for key, t in tensors.items()}
+    unused = [key for key, t in tensors.items() if not _used(spec, tensors, key)]
+    tensors = {key: t for key, t in tensors.items() if key not in unused}
+    testing.compare(spec, spec.cases[0], tensors)
+    assert served
+
+
+def _used(spec, tensors, key):
+    leaf = tensors[key].double().requires_grad_()
+    outputs = testing.as_tuple(spec.eager(**{**testing.double(tensors), key: leaf}))
+    grad = torch.autograd.grad([o for o in outputs if o.requires_grad], leaf,
+                               [torch.ones_like(o) for o in outputs if o.requires_grad],
+                               allow_unused=True)[0] if any(o.requires_grad for o in outputs) else None  # fmt: skip
+    return grad is not None
+
+
+@pytest.mark.parametrize("low", [torch.float16, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("weights", [torch.float32, torch.bfloat16, torch.float16], ids=str)
+@pytest.mark.parametrize("items", [torch.float32, torch.bfloat16, torch.float64], ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_autocast_gives_the_dtypes_or_the_error_of_eager(name, items, weights, low):
+    model, x = head(name, weights)
+    optimized = copy.deepcopy(model)
+    attnkern.optimize(optimized, impl="reference")
+
+    def result(net):
+        try:
+            with torch.no_grad(), torch.autocast("cpu", low):
+                return testing.as_tuple(net(x.to(items)))
+        except Exception as error:
+            return type(error), str(error)
+
+    want, got = result(model), result(optimized)
+    if not isinstance(want[0], torch.Tensor):
+        assert got == want
+        return
+    eps = max(torch.finfo(kind).eps for kind in (items, weights, low))
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        scale = float(b.abs().max().double())
+        torch.testing.assert_close(a, b, rtol=0, atol=8 * eps * max(scale, 1.0))
+
+
+# ------------------------------------------------------------------ report and survival
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_dry_run_optimize_twice_and_restore(name, served):
+    model, x = head(name)
+    before, keys = traces(model), list(model.state_dict())
+    want = gradients(model, x)
+    dry = attnkern.optimize(model, impl="reference", dry_run=True)
+    assert traces(model) == before
+    assert len(dry.replaced) == 1
+    assert not dry.skipped
+    first_report = attnkern.optimize(model, impl="reference")
+    assert first_report == dry
+    served.clear()  # the trials
+    once = gradients(model, x)
+    assert served
+    close(once, want)
+    changed = {key for key, now in traces(model).items() if now != before[key]}
+    assert changed == {"" if r.name == "(model)" else r.name for r in dry.replaced}
+    assert list(model.state_dict()) == keys
+    assert attnkern.optimize(model, impl="reference") == dry
+    attnkern.restore(model)
+    assert traces(model) == before
+    assert all(torch.equal(a, b) for a, b in zip(gradients(model, x), want, strict=True))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_copies_are_optimized_and_use_their_own_parameters(name, served):
+    model, x = head(name)
+    fresh = copy.deepcopy(model)
+    attnkern.optimize(model, impl="reference")
+    copies = {"deepcopy": copy.deepcopy(model)}
+    if not name.startswith("torchmil"):  # which only plays the installed class
+        buffer = io.BytesIO()
+        torch.save(model, buffer)
+        buffer.seek(0)
+        copies["pickle"] = pickle.loads(pickle.dumps(model))
+        copies["save"] = torch.load(buffer, weights_only=False)
+    for other in copies.values():
+        for p, q in zip(other.parameters(), fresh.parameters(), strict=True):
+            nn.init.constant_(p, 0.1)
+            nn.init.constant_(q, 0.1)
+        served.clear()
+        close(gradients(other, x), gradients(fresh, x))
+        assert served
+    replica = next(m for m in model.modules() if vars(m).keys() & {"forward", "calc_head"})
+    twin = replica._replicate_for_data_parallel()
+    partial = vars(twin).get("forward") or vars(twin)["calc_head"]
+    assert partial.args[0] is twin
+
+
+@pytest.mark.parametrize("target", POOLS, ids=str)
+@pytest.mark.parametrize("name", HEADS)
+def test_compiles_to_one_graph_and_exports(name, target):
+    model, x = head(name)
+    model, x = model.to(target.device), x.to(target.device)
+    optimized = copy.deepcopy(model)
+    attnkern.optimize(optimized, impl=target.impl)
+    torch._dynamo.reset()
+    compiled = torch.compile(optimized, fullgraph=True, backend="aot_eager")
+    compiled.parameters = optimized.parameters
+    close(gradients(compiled, x), gradients(model, x))
+    program = torch.export.export(optimized, (x,), strict=False)
+    close(testing.as_tuple(program.module()(x)), testing.as_tuple(model(x)))
+    targets = [str(node.target) for node in program.graph.nodes]
+    assert target.impl == "reference" or any("softmax_pool_fwd" in t for t in targets)
+
+
+# ------------------------------------------------------------------ what is left alone
+
+
+class OwnForward(AttentionPoolLatent):
+    def forward(self, x, attn_mask=None):
+        return x.mean(1)
+
+
+class OwnScorer(copied.Attn_Net_Gated):
+    def forward(self, x):
+        return -super().forward(x)[0], x
+
+
+class Sharper(nn.Module):
+    """Show-Attend-Tell's children in another formula."""
+
+    def __init__(self):
+        super().__init__()
+        vars(self).update(vars(copied.Attention()))
+
+    def forward(self, x, h):
+        e = self.full_att(self.relu(self.encoder_att(x) + self.decoder_att(h).unsqueeze(1)))
+        alpha = self.softmax(2 * e.squeeze(2))
+        return (x * alpha.unsqueeze(2)).sum(1), alpha
+
+
+class Remembering(nn.Module):
+    """A copy that keeps its scores for a picture."""
+
+    def __init__(self):
+        super().__init__()
+        vars(self).update(vars(copied.Attn_Net()))
+
+    def forward(self, x):
+        self.scores = self.module(x)
+        return self.scores, x
+
+
+class ScoresAlone(nn.Module):
+    def __init__(self):
+        super().__init__()
+        vars(self).update(vars(copied.Attn_Net_Gated()))
+
+    def forward(self, x):
+        return self.attention_c(self.attention_a(x) * self.attention_b(x))
+
+
+def hooked(model, child):
+    model.get_submodule(child).register_forward_hook(lambda *_: None)
+    return model
+
+
+def swapped(model, child, value):
+    setattr(model, child, value)
+    return model
+
+
+REFUSED = {
+    "own forward": (lambda: OwnForward(32), "OwnForward has its own forward"),
+    "own scorer": (OwnScorer, "OwnScorer has its own forward"),
+    "another formula": (Sharper, "gives other results than Show, Attend and Tell's Attention"),
+    "another result": (ScoresAlone, "gives other results than CLAM's Attn_Net_Gated"),
+    "side effects": (Remembering, "does other things than CLAM's Attn_Net"),
+    "all tokens": (lambda: AttentionPool2d(32, 3, head_dim=8, pool_type=""), "keeps every token"),
+    "mean context": (lambda: GlobalContext(32, use_attn=False), "use_attn=False"),
+    "mean": (lambda: mil("mean"), "mil_mode='mean'"),
+    "hooked kv": (lambda: hooked(HEADS["latent"][0](), "kv"), "its kv has hooks"),
+    "hooked proj": (lambda: hooked(HEADS["pool2d"][0](), "proj"), "its proj has hooks"),
+    "hooked context": (lambda: hooked(GlobalContext(32), "conv_attn"), "convolution has hooks"),
+    "hooked tanh": (lambda: hooked(copied.Attn_Net(), "module.1"), "its activation has hooks"),
+    "hooked branch": (lambda: hooked(copied.Attn_Net_Gated(), "attention_a"), "branch has hooks"),
+    "hooked lazy": (lambda: hooked(copied.AttentionPool(), "fc1"), "its layer has hooks"),
+    "hooked attention": (lambda: hooked(mil("att"), "attention"), "its attention has hooks"),
+    "hooked keys": (lambda: hooked(copied.Attention(), "encoder_att"), "encoder_att has hooks"),
+    "odd norm": (
+        lambda: swapped(HEADS["latent"][0](), "k_norm", nn.BatchNorm2d(4)),
+        "its k_norm is a BatchNorm2d",
+    ),
+    "softmax dim": (
+        lambda: swapped(copied.Attention(), "softmax", nn.Softmax(dim=0)),
+        "its softmax is over dim 0",
+    ),
+    "activation": (lambda: swapped(copied.Attention(), "relu", nn.ELU()), "activation ELU"),
+    "replaced": (
+        lambda: swapped(GlobalContext(32), "forward", functools.partial(torch.relu)),
+        "its forward was replaced",
+    ),
+    "replaced head": (lambda: swapped(mil("att"), "calc_head", torch.relu), "calc_head"),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
+def test_what_cannot_be_served_is_named_and_left_alone(make, reason):
+    model = nn.ModuleList([make()])
+    before = traces(model)
+    report = attnkern.optimize(model, impl="reference")
+    assert not report.replaced
+    assert [row.name for row in report.skipped] == ["0"]
+    assert reason in report.skipped[0].reason
+    assert traces(model) == before
+    with pytest.raises(ValueError, match="1 modules cannot be served"):
+        attnkern.optimize(model, strict=True)
+
+
+def test_wrappers_are_no_scorers():
+    """Whatever has one child called ``module``."""
+    nets = [nn.DataParallel(nn.Linear(3, 3)), torch.optim.swa_utils.AveragedModel(nn.Linear(3, 3))]
+    for net in nets:
+        report = attnkern.optimize(net)
+        assert (report.replaced, report.skipped) == ([], [])
+
+
+CHILDREN = {
+    "latent": "kv",
+    "pool2d": "proj",
+    "global context": "conv_attn",
+    "clam gated": "attention_net.3.attention_b.1",
+    "torchmil gated": "act_gated",
+    "monai": "attention.1",
+    "captioning": "attention.softmax",
+}
+
+
+@pytest.mark.parametrize(("name", "child"), CHILDREN.items())
+def test_a_late_hook_runs_the_modules_own_forward(name, child, served):
+    model, x = head(name)
+    optimized = copy.deepcopy(model)
+    attnkern.optimize(optimized, impl="reference")
+    log = []
+    for net in (model, optimized):
+        net.get_submodule(child).register_forward_hook(lambda *_: log.append(1))
+    want = gradients(model, x)
+    count = len(log)
+    served.clear()
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)  # "was optimized but runs its own forward"
+        got = gradients(optimized, x)
+    assert not served
+    assert len(log) == 2 * count > 0
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize("name", HEADS)
+def test_unusual_inputs_give_what_eager_gives(name):
+    model, x = head(name)
+    optimized = copy.deepcopy(model)
+    attnkern.optimize(optimized)
+    for odd in (x.double(), x.bfloat16(), x[0], x[:0], x[..., :0], x.unsqueeze(0), x.int(), "text"):
+
+        def result(net, odd=odd):
+            try:
+                return testing.as_tuple(net(odd))
+            except Exception as error:
+                return type(error), str(error)
+
+        want, got = result(model), result(optimized)
+        if not isinstance(want[0], torch.Tensor):
+            assert got == want
+        else:
+            torch.testing.assert_close(got, want)
+
+
+# ------------------------------------------------------------------ masks and dropout
+
+
+@pytest.mark.parametrize(
+    "shape", [(9,), (3, 9), (4, 1, 9), (3, 1, 1, 9), (1, 4, 1, 9), (3, 4, 1, 1)]
+)
+@pytest.mark.parametrize("kind", ["bool", "bias"])
+def test_masks_of_scaled_dot_product_attention(shape, kind, served):
+    model, x = head("latent")
+    optimized = copy.deepcopy(model)
+    attnkern.optimize(optimized, impl="reference")
+    torch.manual_seed(5)
+    mask = torch.randn(shape)
+    mask = mask > -0.5 if kind == "bool" else mask.requires_grad_()
+    want = _result(lambda: gradients(model, x, attn_mask=mask))
+    got = _result(lambda: gradients(optimized, x, attn_mask=mask))
+    if shape == (3, 9):  # three samples are no queries or heads
+        assert got == want
+        assert want[0] is RuntimeError
+        return
+    assert served
+    close(got, want)
+
+
+def _result(function):
+    try:
+        return function()
+    except RuntimeError as error:
+        return type(error), str(error)
+
+
+@pytest.mark.parametrize("kind", [torch.bool, torch.float32, torch.int64])
+def test_masks_of_torchmil(kind, served):
+    model, x = head("torchmil gated")
+    optimized = copy.deepcopy(model)
+    attnkern.optimize(optimized, impl="reference")
+    mask = (torch.arange(9) < torch.tensor([[9], [4], [1]])).to(kind)
+    close(gradients(optimized, x, mask=mask), gradients(model, x, mask=mask))
+    close(optimized(x, mask, True), model(x, mask, return_att=True))
+    assert len(served) == 2
+
+
+@pytest.mark.parametrize("gate", [False, True])
+def test_active_dropout_leaves_the_original_forward_in_charge(gate, served):
+    torch.manual_seed(0)
+    model = copied.CLAM(gate=gate, dropout=0.1)
+    optimized = copy.deepcopy(model)
+    (row,) = attnkern.optimize(optimized, impl="reference").replaced
+    assert row.reason == "in training, with dropout active, its own forward runs"
+    x = torch.randn(40, 24)
+    served.clear()
+    for net in (model, optimized):
+        net.train()
+        net.zero_grad()
+    torch.manual_seed(1)
+    want = gradients(model, x)
+    torch.manual_seed(1)
+    got = gradients(optimized, x)
+    assert not served
+    assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+    close(gradients(optimized.eval(), x), gradients(model.eval(), x))
+    assert served
+
+
+def test_clam_scores_keep_their_layout_and_the_input():
+    net, x = copied.Attn_Net_Gated(n_classes=3), torch.randn(7, 32)
+    attnkern.optimize(net, impl="reference")
+    scores, same = net(x)
+    assert same is x
+    assert scores.shape == (7, 3)
+    assert scores.is_contiguous()
+    batched, _ = net(x.expand(2, 7, 32))
+    torch.testing.assert_close(batched, scores.expand(2, 7, 3))
+
+
+def test_checkpointed_heads_train(served):
+    model, x = head("latent")
+    optimized = copy.deepcopy(model)
+    attnkern.optimize(optimized, impl="reference")
+    run = lambda x: checkpoint(optimized, x, use_reentrant=False)  # noqa: E731
+    run.parameters = optimized.parameters
+    close(gradients(run, x), gradients(model, x))
+    assert served
