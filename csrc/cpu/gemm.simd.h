@@ -120,6 +120,29 @@ void outer(Strided<A> a, RowsAt<const B> b, RowsAt<const A> init, RowsAt<Out> ou
   }
 }
 
+// out = a b, for b packed in panels of kPanel columns: [inner, kPanel] each, zero beyond b's columns
+template <class A>
+constexpr int64_t kPanel = 2 * kLanes<A>;
+
+template <class A>
+void panel_product(Strided<A> a, const A* panels, RowsAt<A> out, int64_t rows, int64_t columns, int64_t inner) {
+  constexpr int M = ATTNKERN_BYTES == 64 ? 12 : ATTNKERN_BYTES == 32 ? 6 : 4;
+  for (int64_t k = 0; k < inner; k += kChain) {
+    const int64_t n = inner - k < kChain ? inner - k : kChain;
+    for (int64_t j = 0; j < columns; j += kPanel<A>) {
+      const A* panel = panels + j * inner + k * kPanel<A>;
+      const auto tile = [&](int64_t i, auto m) ATTNKERN_INLINE_LAMBDA {
+        A* to = out.p + i * out.ld + j;
+        outer_tile<decltype(m)::value, 2>(Strided<A>{a.p + i * a.row + k * a.column, a.row, a.column}, panel, kPanel<A>,
+                                          k ? to : nullptr, out.ld, to, out.ld, n, Whole{});
+      };
+      int64_t i = 0;
+      for (; i + M <= rows; i += M) tile(i, std::integral_constant<int, M>{});
+      for (; i < rows; ++i) tile(i, std::integral_constant<int, 1>{});
+    }
+  }
+}
+
 // ---- inner
 
 template <class A, int width, size_t... i>

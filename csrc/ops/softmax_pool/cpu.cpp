@@ -16,10 +16,10 @@ constexpr int64_t kUnits = 64;                 // units to share among threads, 
 constexpr int64_t kUnitBytes = 1 << 18;        // of items; a unit's partial sums and their merge then cost little
 constexpr int64_t kGrainBytes = 1 << 16;       // of items a thread should get, 5 us of work against 5 us to wake it
 constexpr int64_t kRowTileBytes = 1 << 16;     // a tile is read two to four times: from L2 at worst
+constexpr int64_t kGatedTile = 96;             // eight register tiles of 12 rows; 200 KB of hidden rows of 2 x 256
 constexpr int64_t kColumnTileBytes = 1 << 18;  // sums along items want rows of 1 KB
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-int64_t round_up(int64_t a, int64_t unit) { return ceil_div(a, unit) * unit; }
 
 bool is_columns(const Inputs& p) {
   return p.sizes.features == 1 ? p.values.stride_item == 1 : p.values.stride_feature != 1;
@@ -27,6 +27,15 @@ bool is_columns(const Inputs& p) {
 
 int64_t item_bytes(const Inputs& p) {
   return (p.sizes.features + (p.keys.data ? p.sizes.hidden : 0)) * size_of(p.dtype);
+}
+
+int64_t total_bytes(const Inputs& p) {
+  return item_bytes(p) * p.sizes.items * p.sizes.heads * (p.offsets ? 1 : p.sizes.batch);
+}
+
+// What the work is worth in bytes of items that are merely read: a hidden layer takes 2 K multiplications an element.
+int64_t work_bytes(const Inputs& p) {
+  return total_bytes(p) * (p.scorer == Scorer::gated ? 1 + p.sizes.hidden / 8 : 1);
 }
 
 // How the items are cut, the same for any number of threads.
@@ -39,8 +48,10 @@ struct Cut {
     const Sizes& n = p.sizes;
     const int64_t bytes = std::max<int64_t>(1, item_bytes(p));
     tile = std::clamp<int64_t>((is_columns(p) ? kColumnTileBytes : kRowTileBytes) / bytes / 16 * 16, 16, 256);
+    if (p.scorer == Scorer::gated) tile = kGatedTile;
     const int64_t rows = n.heads * (p.offsets ? 1 : n.batch);
-    chunk = std::max({16 * n.queries, kUnitBytes / bytes, ceil_div(n.items * rows, kUnits), tile});
+    chunk = std::max(
+        {16 * n.queries, (p.scorer == Scorer::gated ? 0 : kUnitBytes / bytes), ceil_div(n.items * rows, kUnits), tile});
     if (!p.offsets && n.items) chunk = ceil_div(n.items, ceil_div(n.items, chunk));  // equal ones
     chunk = round_up(chunk, tile);
     const int64_t total = p.offsets ? n.items : n.items * n.batch;
@@ -71,7 +82,7 @@ struct Call {
   void take_common(cpu::Arena& arena) {
     const Sizes& n = p.sizes;
     bounds = static_cast<int64_t*>(arena.take(p.offsets ? n.batch + 1 : 0, sizeof(int64_t)));
-    const int64_t bytes = item_bytes(p) * n.items * n.heads * (p.offsets ? 1 : n.batch);
+    const int64_t bytes = work_bytes(p);
     lanes =
         std::max<int64_t>(1, std::min({static_cast<int64_t>(pool.threads), cut.spans * n.heads, bytes / kGrainBytes}));
   }
@@ -105,6 +116,18 @@ struct Call {
       span - own.first_span);
   }
 
+  void* take_panels(cpu::Arena& arena, bool back) const {
+    if (p.scorer != Scorer::gated) return nullptr;
+    const int64_t columns = hidden_columns(p), features = p.sizes.features;
+    return arena.take(back ? columns * round_up(features, kBlockColumns) : columns * features, size);
+  }
+
+  void pack(void* panels, bool back) const {
+    if (!panels) return;
+    share(ceil_div(back ? p.sizes.features : hidden_columns(p), kBlockColumns),
+          [&](int64_t block, int64_t) { kernels.pack(p, back, block, panels); });
+  }
+
   // f(i, lane) for i < n, each on the next free thread
   template <class F>
   void share(int64_t n, const F& f) const {
@@ -131,12 +154,13 @@ struct Call {
 // ---- forward
 
 struct ForwardCall : Call<ForwardParams> {
-  void* parts = nullptr;
+  void *parts = nullptr, *panels = nullptr;
   int64_t part_size = round_up(p.sizes.queries, 16) * 2 + round_up(p.sizes.queries * p.sizes.features, 16);
 
   size_t carve(void* workspace) {
     cpu::Arena arena(workspace);
     take_common(arena);
+    panels = take_panels(arena, false);
     parts = arena.take(cut.parts * p.sizes.heads * part_size, size);
     lane_scratch(0, &scratch_bytes);
     scratch = arena.take(lanes, scratch_bytes);
@@ -152,6 +176,11 @@ struct ForwardCall : Call<ForwardParams> {
     s.rows = arena.take(n.queries * n.features, size);
     s.largest = arena.take(n.queries, size);
     s.total = arena.take(n.queries, size);
+    if (p.scorer == Scorer::gated) {
+      s.staged = arena.take(cut.tile * (n.features + 16), size);
+      s.hidden = arena.take(cut.tile * (hidden_columns(p) + 16), size);
+      s.panels = panels;
+    }
     if (bytes) *bytes = arena.used();
     return s;
   }
@@ -165,6 +194,7 @@ struct ForwardCall : Call<ForwardParams> {
   void run() const {
     const int64_t heads = p.sizes.heads;
     read_offsets();
+    pack(panels, false);
     share(cut.spans * heads, [&](int64_t i, int64_t lane) {
       with_unit(i, [&](const Unit& unit, const Bag& own, int64_t index) {
         const Scratch s = lane_scratch(lane);
@@ -186,7 +216,7 @@ struct ForwardCall : Call<ForwardParams> {
 // ---- backward
 
 struct BackwardCall : Call<BackwardParams> {
-  void *query_parts = nullptr, *group_sums = nullptr;
+  void *query_parts = nullptr, *group_sums = nullptr, *panels = nullptr, *panels_back = nullptr;
   int64_t groups = 0, group_size = 0;
   bool shared_query = p.dquery && p.query.stride_batch == 0 && p.sizes.batch > 1;
 
@@ -211,7 +241,7 @@ struct BackwardCall : Call<BackwardParams> {
     each_shared([&](void*, int64_t elements) { group_size += round_up(elements, 16); });
     groups = units;
     if (!group_size) return;
-    const int64_t bytes = item_bytes(p) * n.items * n.heads * (p.offsets ? 1 : n.batch);
+    const int64_t bytes = total_bytes(p);
     groups = 8;
     while (groups < kUnits && 2 * groups * group_size * size <= bytes / 8) groups *= 2;
     groups = std::min(groups, units);
@@ -221,6 +251,8 @@ struct BackwardCall : Call<BackwardParams> {
     cpu::Arena arena(workspace);
     take_common(arena);
     choose_groups();
+    panels = take_panels(arena, false);
+    if (p.dvalues.data) panels_back = take_panels(arena, true);
     const bool by_row = p.dquery && !shared_query;
     query_parts = arena.take(by_row ? cut.parts * p.sizes.heads * query_size() : 0, size);
     group_sums = arena.take(group_size ? groups * group_size : 0, size);
@@ -237,6 +269,18 @@ struct BackwardCall : Call<BackwardParams> {
     s.scores = arena.take(2 * n.queries * cut.tile, size);
     s.rows = arena.take(2 * n.queries * n.features, size);
     s.coefficients = arena.take(2 * n.queries * cut.tile, size);
+    if (p.scorer == Scorer::additive) {
+      s.items = arena.take(cut.tile * n.hidden, size);
+      s.query_sums = arena.take(n.queries, 64);
+    }
+    if (p.scorer == Scorer::gated) {
+      s.items = arena.take(cut.tile * (round_up(n.features, kBlockColumns) + 16), size);
+      s.staged = arena.take(cut.tile * (n.features + 16), size);
+      s.hidden = arena.take(cut.tile * (hidden_columns(p) + 16), size);
+      s.products = arena.take(cut.tile * hidden_columns(p), size);
+      s.panels = panels;
+      s.panels_back = panels_back;
+    }
     if (bytes) *bytes = arena.used();
     return s;
   }
@@ -273,6 +317,8 @@ struct BackwardCall : Call<BackwardParams> {
   void run() const {
     const int64_t units = cut.spans * p.sizes.heads;
     read_offsets();
+    pack(panels, false);
+    pack(panels_back, true);
     share(groups, [&](int64_t group, int64_t lane) {
       if (group_size) std::memset(at(group_sums, group, group_size), 0, group_size * size);
       for (int64_t i = units * group / groups; i < units * (group + 1) / groups; ++i)
@@ -321,7 +367,6 @@ size_t backward_workspace_cpu(const BackwardParams& params, const ThreadPool& po
 
 Status launch_forward_cpu(const ForwardParams& params, const ThreadPool& pool) {
   if (const char* error = cpu::isa_error()) return {error};
-  if (params.scorer > Scorer::dot) return {"the CPU kernels do not have this scorer yet"};
   ForwardCall call{{params, pool, cpu_kernels(cpu::active_isa())}};
   call.carve(params.workspace);
   call.run();
@@ -330,7 +375,6 @@ Status launch_forward_cpu(const ForwardParams& params, const ThreadPool& pool) {
 
 Status launch_backward_cpu(const BackwardParams& params, const ThreadPool& pool) {
   if (const char* error = cpu::isa_error()) return {error};
-  if (params.scorer > Scorer::dot) return {"the CPU kernels do not have this scorer yet"};
   BackwardCall call{{params, pool, cpu_kernels(cpu::active_isa())}};
   call.carve(params.workspace);
   call.run();

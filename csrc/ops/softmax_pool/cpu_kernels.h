@@ -18,8 +18,15 @@ struct Scratch {
   void* scores;  // [M, tile] forward; [2 M, tile] backward: dz . v, then e
   void* rows;    // [M, D] sums of z forward; [2 M, D] backward: dz, then q where keys are values
   void* largest;
-  void* total;         // [M] each, forward: of exp(l - largest)
-  void* coefficients;  // [2 M, tile] backward: p, then de
+  void* total;              // [M] each, forward: of exp(l - largest)
+  void* coefficients;       // [2 M, tile] backward: p, then de
+  void* items;              // additive, gated: gradients of a tile through the scores
+  void* query_sums;         // additive backward: a vector of 64 bytes a query
+  void* staged;             // gated: [tile, D + 16] items as rows
+  void* hidden;             // gated: [tile, columns + 16]
+  void* products;           // gated backward: [tile, columns] act(a) sigmoid(b)
+  const void* panels;       // gated: V and U for the products x V^T and
+  const void* panels_back;  // da V
 };
 
 // A row's pool over one unit, to be merged with the row's other units.
@@ -39,7 +46,15 @@ struct Sums {
   void* db_U;
 };
 
+// Columns of the packed products: of the hidden layer [V | U], each half padded to 16, and of the features.
+constexpr int64_t kBlockColumns = 32;
+constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
+inline int64_t half_of(const Inputs& p) { return round_up(p.sizes.hidden, 16); }
+inline int64_t hidden_columns(const Inputs& p) { return round_up((p.U ? 2 : 1) * half_of(p), kBlockColumns); }
+
 struct CpuKernels {
+  // Columns block * kBlockColumns and on of [V | U]^T [D, columns], or of [V ; U] [columns, D] when `back`.
+  void (*pack)(const Inputs&, bool back, int64_t block, void* panels);
   // z and lse of the unit's rows, or its part of them where they have several units.
   void (*pool)(const ForwardParams&, const Unit&, const Scratch&, const Partial* part);
   // z and lse of query m of head h of sample b from `count` parts, of which the first is given; none gives 0 and -inf.

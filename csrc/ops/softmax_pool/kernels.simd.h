@@ -4,14 +4,18 @@
 #include "cpu/gemm.simd.h"
 #include "cpu/math.simd.h"
 
+#include "ops/softmax_pool/activations.simd.h"
 #include "ops/softmax_pool/tile.simd.h"
 
 #include "ops/softmax_pool/scorers.simd.h"
+
+#include "ops/softmax_pool/additive.simd.h"
+#include "ops/softmax_pool/gated.simd.h"
 
 #include "ops/softmax_pool/pool.simd.h"
 
 namespace attnkern::softmax_pool::ATTNKERN_ISA {
 
-constexpr CpuKernels kKernels{pool, merge, unpool, add};
+constexpr CpuKernels kKernels{pack, pool, merge, unpool, add};
 
 }  // namespace attnkern::softmax_pool::ATTNKERN_ISA

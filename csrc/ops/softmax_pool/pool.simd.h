@@ -183,9 +183,15 @@ void unpool_unit(const BackwardParams& p, const Unit& u, const Scratch& s, const
                        static_cast<A>(p.scale), p.dscores ? static_cast<const A*>(p.dscores) + at : nullptr,
                        weights + m * s.tile, de + m * s.tile, p.dlogits ? static_cast<A*>(p.dlogits) + at : nullptr);
     }
-    scorer.backward(p, de, sums);
-    if (p.dvalues.data)
-      make_items(weights, s.tile, rows, count, tile_of<T>(p.dvalues, features, scorer.sample, u.h, begin), n, features);
+    const Tile<A> through = scorer.backward(p, de, sums);
+    if (!p.dvalues.data) continue;
+    const Tile<T> dvalues = tile_of<T>(p.dvalues, features, scorer.sample, u.h, begin);
+    if (through.p) {
+      make_items(weights, s.tile, rows, count, through, n, features, true);
+      put_items(through, dvalues, n, features);
+    } else {
+      make_items(weights, s.tile, rows, count, dvalues, n, features);
+    }
   }
 }
 
@@ -200,8 +206,10 @@ ATTNKERN_INLINE void visit_scorer(const Inputs& p, const F& f) {
         return f(t, std::type_identity<GivenScorer<T>>{});
       case softmax_pool::Scorer::dot:
         return f(t, std::type_identity<DotScorer<T>>{});
-      default:
-        return;
+      case softmax_pool::Scorer::additive:
+        return f(t, std::type_identity<AdditiveScorer<T>>{});
+      case softmax_pool::Scorer::gated:
+        return f(t, std::type_identity<GatedScorer<T>>{});
     }
   });
 }
@@ -217,6 +225,10 @@ void unpool(const BackwardParams& p, const Unit& u, const Scratch& s, const Sums
 
 void merge(const ForwardParams& p, int64_t b, int64_t h, const Partial& first, int64_t stride, int64_t count) {
   cpu::visit(p.dtype, [&](auto t) { merge_parts<decltype(t)>(p, b, h, first, stride, count); });
+}
+
+void pack(const Inputs& p, bool back, int64_t block, void* panels) {
+  cpu::visit(p.dtype, [&](auto t) { pack_block<decltype(t)>(p, back, block, panels); });
 }
 
 void add(DType acc, const void* parts, int64_t stride, int64_t count, void* out, int64_t n) {

@@ -1,9 +1,10 @@
 // The scorers: raw scores e [M, tile] of a tile of items, and the way back from de.
 //
 // A scorer is made for one head of one sample. at(begin, n) moves it to a tile; values() is that tile for the weighted
-// sum; score(e) writes its scores; backward(de, sums) adds the gradients of its parameters and writes those of its
-// items. A joint scorer's items are the values and its scores their product with rows(): pool.simd.h then computes
-// scores and gradients together with those of the weighted sum.
+// sum; score(e) writes its scores; backward(de, sums) adds the gradients of its parameters, writes those of its keys,
+// and returns what it adds to those of the values, in scratch, or nothing. A joint scorer's items are the values and
+// its scores their product with rows(): pool.simd.h then computes scores and gradients together with those of the
+// weighted sum.
 namespace attnkern::softmax_pool::ATTNKERN_ISA {
 
 template <class T>
@@ -44,7 +45,7 @@ struct GivenScorer : Scorer<T> {
     for (int64_t m = 0; m < p.sizes.queries; ++m)
       std::memcpy(e + m * s.tile, row_of<const A>(p.scores, this->sample, u.h, m) + this->begin, this->n * sizeof(A));
   }
-  void backward(const BackwardParams&, const A*, const Sums&) const {}
+  Tile<A> backward(const BackwardParams&, const A*, const Sums&) const { return {}; }
 };
 
 template <class T>
@@ -57,12 +58,13 @@ struct DotScorer : Scorer<T> {
     dot_items(this->rows(), p.sizes.queries, this->keys(), n, p.sizes.hidden, e, s.tile);
     this->add_c(e);
   }
-  void backward(const BackwardParams& b, const A* de, const Sums& sums) const {
+  Tile<A> backward(const BackwardParams& b, const A* de, const Sums& sums) const {
     if (sums.dquery)
       add_items(de, s.tile, p.sizes.queries, this->keys(), n, p.sizes.hidden, static_cast<A*>(sums.dquery));
     if (b.dkeys.data)
       make_items(de, s.tile, this->rows(), p.sizes.queries,
                  tile_of<T>(b.dkeys, p.sizes.hidden, this->sample, u.h, this->begin), n, p.sizes.hidden);
+    return {};
   }
 };
 

@@ -1,9 +1,6 @@
 // A tile of items, in place in either layout, and its three products with rows of queries.
 namespace attnkern::softmax_pool::ATTNKERN_ISA {
 
-using namespace cpu::ATTNKERN_ISA;
-using cpu::Accumulator;
-
 // Rows: a row is an item's features. Columns: a row is a feature of adjacent items.
 template <class T>
 struct Tile {
@@ -49,16 +46,50 @@ void add_items(const A* c, int64_t ld_c, int64_t count, Tile<const T> x, int64_t
     outer<A, T, A>({c, ld_c, 1}, {x.p, x.ld}, {out, features}, to, count, features, items);
 }
 
-// x[t] = sum_m c[m, t] rows[m]
+// x[t] (+)= sum_m c[m, t] rows[m]
 template <class A, class T>
 void make_items(const A* c, int64_t ld_c, const A* rows, int64_t count, Tile<T> x, int64_t items, int64_t features,
-                const A* init = nullptr) {
+                bool add = false) {
   const RowsAt<T> to{x.p, x.ld};
-  const RowsAt<const A> from{init, x.ld};
+  RowsAt<const A> from{nullptr, x.ld};
+  if constexpr (std::is_same_v<A, T>) {
+    if (add) from.p = x.p;
+  }
   if (x.columns)
     outer<A, A, T>({rows, 1, features}, {c, ld_c}, from, to, features, items, count);
   else
     outer<A, A, T>({c, 1, ld_c}, {rows, features}, from, to, items, features, count);
+}
+
+template <class A, class T>
+ATTNKERN_INLINE A load_one(const T* p) {
+  if constexpr (sizeof(T) == 2)
+    return load_n(p, 1)[0];
+  else
+    return *p;
+}
+
+template <class T, class A>
+ATTNKERN_INLINE void store_one(T* p, A a) {
+  if constexpr (sizeof(T) == 2)
+    store_n(p, splat(a), 1);
+  else
+    *p = a;
+}
+
+// Copies items, whatever their types and layouts.
+template <class From, class To>
+void put_items(Tile<From> from, Tile<To> to, int64_t items, int64_t features) {
+  using A = Accumulator<To>;
+  const int64_t rows = to.columns ? features : items, length = to.columns ? items : features;
+  for (int64_t i = 0; i < rows; ++i) {
+    if (from.columns == to.columns)
+      each_vector<A>(length, [&](int64_t j, auto access) {
+        access.write(to.p + i * to.ld + j, access.read(from.p + i * from.ld + j));
+      });
+    else
+      for (int64_t j = 0; j < length; ++j) store_one(to.p + i * to.ld + j, load_one<A>(from.p + j * from.ld + i));
+  }
 }
 
 }  // namespace attnkern::softmax_pool::ATTNKERN_ISA
