@@ -72,12 +72,12 @@ def attention(module: Any, encoder_out: Any, decoder_hidden: Any, *, impl: str) 
         return_weights=True,
         impl=impl,
     )
-    if _softmax_pool.lowers_to(x) is None:
-        return context, alpha
-    return (
-        context.float(),
-        alpha.float(),
-    )  # autocast keeps a softmax and what it multiplies in float32
+    if low := _softmax_pool.lowers_to(
+        x
+    ):  # what autocast gives a softmax, and then a product with x
+        alpha = alpha.to(torch.float32 if x.is_cuda else low)
+        context = context.to(torch.promote_types(x.dtype, alpha.dtype))
+    return context, alpha
 
 
 RULES = (

@@ -51,7 +51,7 @@ def _sdpa_mask(mask: Any, x: Tensor, m: Any) -> dict[str, Any] | None:
     if mask is None:
         return {}
     full = (len(x), m.num_heads, m.latent_len, x.shape[1])
-    if not isinstance(mask, Tensor) or mask.dim() > 4:
+    if not isinstance(mask, Tensor) or mask.dim() not in (2, 3, 4):
         return None
     mask = mask[(None,) * (4 - mask.dim())]
     if any(size not in (1, wanted) for size, wanted in zip(mask.shape, full, strict=True)):
