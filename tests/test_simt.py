@@ -5,6 +5,7 @@ reported.  Then the operators' kernels: every case with every strategy, outputs 
 """
 
 import ctypes
+import functools
 import math
 import os
 import subprocess
@@ -17,11 +18,13 @@ import torch.nn.functional as F
 from conftest import CALLS, calls
 
 from attnkern import _select, testing
-from attnkern.ops.squeeze_excite import op, reference
+from attnkern.ops.squeeze_excite import reference
 
 sys.path.insert(0, str(Path(__file__).parent / "simt"))
 import run as simt
-from squeeze_excite import STRATEGIES, Emulated
+import softmax_pool
+import squeeze_excite
+from squeeze_excite import STRATEGIES
 
 pytestmark = pytest.mark.skipif(simt.compiler() is None, reason="no g++ in CXX or on PATH")
 
@@ -177,35 +180,51 @@ def test_software_half_precision_rounds_as_torch(primitives, kind):
 
 
 @pytest.fixture(scope="module")
-def emulated():
-    return Emulated.build()
+def built():
+    """The emulated operator of a module of tests/simt, built once."""
+    return functools.cache(lambda module: module.Emulated.build())
 
 
 @pytest.fixture
-def native(emulated, monkeypatch):
-    """``impl="native"`` on the CPU is the CUDA kernels on the emulator."""
+def emulate(built, monkeypatch):
+    """``impl="native"`` of an operator on the CPU is its CUDA kernels on the emulator."""
     monkeypatch.setattr(_select, "refuse", lambda *_: None)
-    monkeypatch.setitem(op.squeeze_excite_fwd, "native", emulated.forward)
-    monkeypatch.setitem(op.squeeze_excite_bwd, "native", emulated.backward)
-    monkeypatch.setitem(op.squeeze_fwd, "native", emulated.squeeze)
-    emulated.force, emulated.plans = {}, []
-    emulated.device.configure()
     threads = torch.get_num_threads()
     torch.set_num_threads(1)  # eager on these sizes: 2 threads take 5 times as long as one
-    yield emulated
+
+    def serve(module):
+        emulated = built(module)
+        for table, operator in emulated.operators():
+            monkeypatch.setitem(table, "native", operator)
+        emulated.force, emulated.plans = {}, []
+        emulated.device.configure()
+        return emulated
+
+    yield serve
     torch.set_num_threads(threads)
+
+
+# ------------------------------------------------------------------ squeeze-and-excitation
+
+
+@pytest.fixture
+def native(emulate):
+    return emulate(squeeze_excite)
 
 
 def _force(emulated, strategy, **rest):
     emulated.force = {"strategy": STRATEGIES.index(strategy), **rest}
 
 
+EXCITING = [c for c in CALLS if c.spec.operator == "squeeze_excite_fwd"]
+
+
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("strategy", STRATEGIES)
-@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize("call", EXCITING, ids=str)
 def test_every_case_with_every_strategy(native, call, strategy, channels_last):
     # seed and dtype turn with the case, so that all of them meet all strategies
-    index = CALLS.index(call) + STRATEGIES.index(strategy) + channels_last
+    index = EXCITING.index(call) + STRATEGIES.index(strategy) + channels_last
     dtype = (torch.float32, torch.bfloat16, torch.float16)[index % 3]
     native.device.configure(seed=index)
     _force(native, strategy)
@@ -310,6 +329,77 @@ def test_a_fault_of_the_device_is_the_operators_error(native):
     call = calls("resnet")[0]
     with pytest.raises(AssertionError, match="too much shared memory"):
         _results(call)
+
+
+# ------------------------------------------------------------------ softmax pooling
+
+POOLING = [c for c in CALLS if c.spec.operator == "softmax_pool_fwd"]
+# heads, keys, masks, bags, columns, shared and own queries; every scorer
+CHOSEN = [
+    *("pool_bags", "context_many", "latent_mask", "query_map", "query_keys", "query_bags"),
+    *("additive_mask", "additive_bags", "gated_branches", "gated_bags"),
+]
+
+
+@pytest.fixture
+def pool(emulate):
+    return emulate(softmax_pool)
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("pieces", [1, 2, 5])
+@pytest.mark.parametrize("call", POOLING, ids=str)
+def test_every_pool_in_pieces(pool, call, pieces, channels_last):
+    # seed, dtype and tile turn with the case, so that all of them meet all counts of pieces
+    index = POOLING.index(call) + pieces + channels_last
+    dtype = (torch.float32, torch.bfloat16, torch.float16)[index % 3]
+    pool.device.configure(seed=index)
+    pool.force = {"pieces": pieces, "tile": 16 * (index // 3 % 2)}
+    tensors = call.case.inputs(dtype, channels_last=channels_last)
+    testing.compare(call.spec, call.case, tensors, impl="native")
+
+
+@pytest.mark.parametrize("call", calls(*CHOSEN), ids=str)
+def test_pools_are_the_same_bits_under_every_schedule(pool, call):
+    pool.force = {"pieces": 3, "tile": 16}
+    results = []
+    for seed in range(6):
+        pool.device.configure(seed=seed)
+        results.append(_results(call, dtype=torch.bfloat16))
+    for other in results[1:]:
+        for (name, value), (_, same) in zip(results[0].items(), other.items(), strict=True):
+            assert torch.equal(value, same), name
+
+
+@pytest.mark.parametrize("sms", [1, 3])
+@pytest.mark.parametrize("call", calls(*CHOSEN), ids=str)
+def test_pools_by_the_launchers_own_plan(pool, call, sms):
+    """On one processor a block adds up the gradients of many units."""
+    pool.device.configure(seed=sms, sms=sms, capability=80, shared=163 << 10)
+    pool.force = None
+    tensors = call.case.inputs(torch.float32)
+    testing.compare(call.spec, call.case, tensors, impl="native")
+
+
+def test_more_queries_than_the_registers_hold(pool):
+    """Forward takes blocks of queries; the sums of dquery wait in global memory between tiles."""
+    spec = next(c.spec for c in POOLING if c.spec.name == "query_attention_pool")
+    case = testing.Case("", {"x": (1, 9, 1100), "query": (1, 13, 1100)}, {}, scale={"query": 1.0})
+    for seed, dtype in enumerate((torch.float32, torch.bfloat16)):
+        pool.device.configure(seed=seed)
+        pool.force = {"tile": 4}
+        testing.compare(spec, case, case.inputs(dtype), impl="native")
+        assert pool.plans[0].query_blocks == 2
+        assert pool.plans[1].padded_queries * pool.plans[1].key_width > 32 * pool.plans[1].threads
+
+
+def test_too_many_features_are_the_operators_error(pool):
+    x, scores = torch.zeros(1, 4, 40000), torch.zeros(1, 4)
+    with pytest.raises(AssertionError, match="so many features do not fit"):
+        POOLING[0].spec.function(values=x, scores=scores, impl="native")
+
+
+# ------------------------------------------------------------------ the property tests
 
 
 @pytest.mark.parametrize("properties", ["forward", "backward", "layouts", "special_values"])

@@ -13,29 +13,28 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from squeeze_excite import Emulated
+import run as simt
 
 from attnkern import _select
-from attnkern.ops.squeeze_excite import op
 
 
 def pytest_configure() -> None:
-    emulated = Emulated.build()
-    emulated.force = None
     torch.set_num_threads(1)
 
-    def scheduled(operator: Callable[..., Any]) -> Callable[..., Any]:
+    def scheduled(device: simt.Device, operator: Callable[..., Any]) -> Callable[..., Any]:
         seeds = iter(range(1 << 30))
 
         def call(*arguments: Any) -> Any:
-            emulated.device.configure(seed=next(seeds))
+            device.configure(seed=next(seeds))
             return operator(*arguments)
 
         return call
 
-    op.squeeze_excite_fwd["native"] = scheduled(emulated.forward)
-    op.squeeze_excite_bwd["native"] = scheduled(emulated.backward)
-    op.squeeze_fwd["native"] = scheduled(emulated.squeeze)
+    for module in simt.operators():
+        emulated = module.Emulated.build()
+        emulated.force = None
+        for table, operator in emulated.operators():
+            table["native"] = scheduled(emulated.device, operator)
 
     def refuse(
         impl: str, device: torch.device, dtype: torch.dtype, operator: str | None = None

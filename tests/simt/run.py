@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import hashlib
+import importlib
 import os
 import shutil
 import subprocess
@@ -99,6 +100,12 @@ def build(name: str, *sources: str, flags: tuple[str, ...] = ()) -> ctypes.CDLL:
         subprocess.run([compiler(), "-shared", *map(str, objects), "-o", str(part)], check=True)
         part.rename(library)
     return ctypes.CDLL(str(library))
+
+
+def operators() -> list[Any]:
+    """The modules of this folder named like an operator of csrc/ops, each with its ``Emulated``."""
+    names = (p.stem for p in sorted(Path(__file__).parent.glob("*.py")))
+    return [importlib.import_module(n) for n in names if (ROOT / "csrc" / "ops" / n).is_dir()]
 
 
 _KINDS = {"": ctypes.c_void_p, "i": ctypes.c_int, "l": ctypes.c_int64, "d": ctypes.c_double}

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from attnkern import _layout
+from attnkern.ops.squeeze_excite import op
 from attnkern.ops.squeeze_excite.reference import Options, accumulation_dtype
 
 SOURCES = (
@@ -76,6 +77,14 @@ class Emulated:
         mirrors = [ctypes.sizeof(s) for s in (ForwardParams, BackwardParams, Force)]
         assert list(sizes) == mirrors, "the structs here no longer mirror params.h and plan.h"
         return cls(library, simt.Device(library))
+
+    def operators(self) -> tuple[tuple[Any, Any], ...]:
+        """Each operator and what serves it here."""
+        return (
+            (op.squeeze_excite_fwd, self.forward),
+            (op.squeeze_excite_bwd, self.backward),
+            (op.squeeze_fwd, self.squeeze),
+        )
 
     # ---- the torch operators
 
