@@ -114,6 +114,8 @@ def test_infinity_in_any_argument_of_a_pool(call, target):
     """As eager.  (A folded projection adds infinities in another order, so inf - inf need not meet.)"""
     for name in call.case.shapes:
         for value in (INF, -INF):
+            if not _comparable(call, name, value):
+                continue
             tensors = call.inputs(target)
             tensors[name].view(-1)[0] = value
             got, eager, none = _pool(call, target, tensors)
