@@ -116,6 +116,6 @@ def find(module: nn.Module) -> Rule | None:
         _rules.update((rule.cls, rule) for rule in _load())
     names = map(qualified_name, type(module).__mro__)
     rule = next((_rules[name] for name in names if name in _rules), None)
-    if rule or type(module).__module__.partition(".")[0] == "torch":
+    if rule or type(module).__module__.partition(".")[0] in ("torch", "attnkern"):
         return rule
     return next((r for r in _rules.values() if r.structure and r.structure(module)), None)
