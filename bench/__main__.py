@@ -25,6 +25,7 @@ NEEDS = {
     "timm": ("timm", "the whole models (or pass --only kernel)"),
     "torchvision": ("torchvision", "the whole models (or pass --only kernel)"),
     "skimage": ("scikit-image", "the photographs of the whole models (or pass --only kernel)"),
+    "sklearn": ("scikit-learn", "the handwritten digits of the real runs"),
 }
 
 
@@ -37,6 +38,10 @@ def parse(arguments: list[str] | None = None) -> argparse.Namespace:
         "--full", action="store_true", help="every row, every torch.compile, larger batches"
     )
     p.add_argument("--only", choices=("kernel", "models"), help="one half of it")
+    p.add_argument(
+        "--run", metavar="NAME", help="real runs instead: names of --list, comma-separated, or all"
+    )
+    p.add_argument("--quick", action="store_true", help="a shorter real run, as the tests do it")
     p.add_argument("--op", help="rows of this operator alone")
     p.add_argument("--match", default="", help="rows whose key contains this (see --list)")
     p.add_argument(
@@ -93,6 +98,9 @@ def missing(options: argparse.Namespace) -> list[str]:
     needed = []
     if not options.plain and not options.list:
         needed.append("rich")
+    if options.run:
+        needed += sorted({name for module in chosen_runs(options) for name in module.NEEDS})
+        return [name for name in needed if importlib.util.find_spec(name) is None]
     if not options.json and not options.list:
         needed += ["jinja2", "matplotlib"]
     if options.only != "kernel" and not options.list:
@@ -118,9 +126,53 @@ def main(arguments: list[str] | None = None) -> int:
         packages = " ".join(NEEDS[name][0] for name in lacking)
         reasons = "; ".join(f"{NEEDS[name][0]} is needed for {NEEDS[name][1]}" for name in lacking)
         stop(f"pip install {packages} ({reasons})")
+    if options.run:
+        return real_runs(options)
     if options.repeats > 1:
         return repeat(options, sys.argv[1:] if arguments is None else arguments)
     return run(options, sys.argv[1:] if arguments is None else arguments)
+
+
+def chosen_runs(options: argparse.Namespace) -> list[Any]:
+    from bench.run import runs
+
+    known = runs()
+    names = list(known) if options.run == "all" else options.run.split(",")
+    if unknown := [name for name in names if name not in known]:
+        stop(f"--run must be of {', '.join(known)} or all, got {', '.join(unknown)}")
+    return [known[name] for name in names]
+
+
+def real_runs(options: argparse.Namespace) -> int:
+    """Each chosen run, its claims and figures; 1 when a claim is missed."""
+    import torch
+
+    from bench.run import Settings, lines
+
+    if options.threads:
+        torch.set_num_threads(options.threads)
+    screen = screens.Screen(options.plain)
+    missed = False
+    for module in chosen_runs(options):
+        name = module.__name__.split(".")[-1]
+        title = (module.__doc__ or "").splitlines()[0]
+        start = time.perf_counter()
+        with screen.running():
+            settings = Settings(
+                options.out,
+                options.impl or "auto",
+                options.quick,
+                seconds=options.seconds,
+                say=screen.say,
+            )
+            outcome = module.run(settings)
+        outcome.save(options.out / f"{name}.json")
+        screen.line(f"{name}: {title}", "bold")
+        for line in lines(outcome):
+            screen.line(f"  {line}", "red" if line.startswith("MISSED") else "")
+        screen.line(f"  {time.perf_counter() - start:.0f} s; written to {options.out}/{name}.json")
+        missed |= not all(claim.met for claim in outcome.claims)
+    return int(missed)
 
 
 def choose_device(options: argparse.Namespace) -> Any:
@@ -193,10 +245,14 @@ def run(options: argparse.Namespace, arguments: list[str]) -> int:
     device = choose_device(options)
     subjects, networks = select(options, device)
     if options.list:
+        from bench.run import runs
+
         for subject in subjects:
             print("\n".join(subject.key(which) for which in subject.passes))
         for network in networks:
             print(f"{network.library}/{network.name}")
+        if not (options.only or options.op or options.match) and (options.shard or (1,))[0] == 1:
+            print("\n".join(f"--run {name}" for name in runs()))
         return 0
     if not subjects and not networks:
         stop("no row matches; python -m bench --list --full shows them all")

@@ -193,7 +193,9 @@ class _Measurement:
         """Seconds of every formulation; nothing to measure where there is one."""
         if len(calls) == 1:
             return dict.fromkeys(calls, 0.0)
-        samplers = {n: clock.sampler(call, len(self.sets), self.device) for n, call in calls.items()}
+        samplers = {
+            n: clock.sampler(call, len(self.sets), self.device) for n, call in calls.items()
+        }
         times = clock.interleave(samplers, 0.2, least=3)
         return {name: stats.median for name, stats in times.items()}
 

@@ -49,7 +49,8 @@ KERNEL_LEGEND = (
     "· ±%: interquartile range over median · ×: how many times ours is faster than the fastest "
     "eager formulation in this layout, and than torch.compile · inside: ours inside torch.compile "
     "against torch.compile · GB/s: of the fewest bytes possible · %copy: of the fastest copy seen, "
-    "or read where the op only reads (~: partly in cache, no hard limit) · MB: peak memory of a call beyond its inputs · error: "
+    "or read where the op only reads (~: partly in cache, no hard limit) · MB: peak memory of a "
+    "call beyond its inputs · error: "
     "against float64, over eager's own (2 is the limit) · –: not measured in this run"
 )
 MODEL_LEGEND = (

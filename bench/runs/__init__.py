@@ -1,0 +1,1 @@
+"""Real runs on real data, one module each: `run` trains or measures. Discovered, not listed."""
