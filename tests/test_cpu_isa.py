@@ -108,6 +108,35 @@ def test_results_do_not_depend_on_threads(
             assert torch.equal(a, b)
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("out_act", ["identity", "relu"])
+@pytest.mark.parametrize("shape", [(64, 16, 16), (33, 21, 21), (48, 7, 7)], ids=str)
+def test_outputs_past_the_caches_are_the_same(
+    shape: tuple[int, ...], out_act: str, dtype: torch.dtype, channels_last: bool
+) -> None:
+    """A batch too large for the last-level cache, of one sample over and over, against that sample alone.
+
+    Rows of whole cache lines, long ones that are not, and short ones that are written as always.
+    """
+    torch.manual_seed(0)
+    sample, dy = torch.randn(2, 1, *shape).to(dtype)
+    if channels_last:
+        sample, dy = map(testing.to_channels_last, (sample, dy))
+    w1, w2 = torch.randn(8, shape[0]).to(dtype), torch.randn(shape[0], 8).to(dtype)
+    cache = os.sysconf(194)  # _SC_LEVEL3_CACHE_SIZE of glibc, which Python has no name for
+    cache = cache if cache > 0 else 16 << 20
+    batch = cache // (2 * sample.numel() * sample.element_size()) + 2
+    results = []
+    for count in (1, batch):
+        x = sample.expand(count, *shape).requires_grad_()
+        y = squeeze_excite(x, w1, None, w2, residual=x, out_act=out_act, impl="native")
+        results.append((y, *torch.autograd.grad(y, x, dy.expand(count, *shape))))
+    for one, many in zip(*results, strict=True):
+        assert many.shape == (batch, *shape)
+        assert torch.equal(many, one.expand(batch, *shape))
+
+
 def test_vectors_and_elementary_functions(tmp_path: Path) -> None:
     compiler = os.environ.get("CXX") or shutil.which("c++") or shutil.which("g++")
     if compiler is None:

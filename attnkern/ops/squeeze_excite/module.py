@@ -123,7 +123,7 @@ class SqueezeExcite(nn.Module):
             x,
             *weight_and_bias(children["fc1"]),
             *weight_and_bias(children["fc2"]),
-            act_weight=None if (act := children.get("act")) is None else act.weight,
+            act_weight=None if self.act is None else self.act.weight,
             residual=residual,
             drop_path=drop_path,
             **self.options,
