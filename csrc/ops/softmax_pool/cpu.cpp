@@ -218,7 +218,7 @@ struct ForwardCall : Call<ForwardParams> {
 struct BackwardCall : Call<BackwardParams> {
   void *query_parts = nullptr, *group_sums = nullptr, *panels = nullptr, *panels_back = nullptr;
   int64_t groups = 0, group_size = 0;
-  bool shared_query = p.dquery && p.query.stride_batch == 0 && p.sizes.batch > 1;
+  bool shared_query = p.dquery && p.query.stride_batch == 0 && p.sizes.batch != 1;
 
   int64_t query_size() const { return p.sizes.queries * p.sizes.hidden; }
 
