@@ -69,7 +69,7 @@ def describe(kernel: JITFunction, args: tuple[Any, ...], kwargs: dict[str, Any])
         types.append((parameter.name, kind))
         if kind == "constexpr":
             constants.append((parameter.name, value))
-    options = tuple((name, given[name]) for name in LAUNCH if name in given)
+    options = tuple((name, given[name]) for name in (*LAUNCH, "num_stages") if name in given)
     return Launch(kernel, tuple(types), tuple(constants), tuple(aligned), options)
 
 

@@ -20,7 +20,7 @@ from attnkern.ops.softmax_pool import triton_plan as plan
 from attnkern.ops.softmax_pool.reference import Inputs, Options
 from attnkern.ops.softmax_pool.triton_backward import items_kernel, weights_kernel
 from attnkern.ops.softmax_pool.triton_forward import merge_kernel, pool_kernel
-from attnkern.ops.softmax_pool.triton_gated import HiddenGrad
+from attnkern.ops.softmax_pool.triton_gated import HiddenGrad, gated_scores
 
 
 def _stride(t: Tensor | None, dim: int) -> int:
@@ -36,7 +36,7 @@ def _scorer(
     return {
         **plan.strided("values", i.values),
         **plan.strided("keys", None if o.scorer == "given" else keys),
-        **{name: getattr(i, name) for name in ("query", "V", "b_V", "U", "b_U", "w", "c")},
+        **{name: getattr(i, name) for name in ("query", "w", "c")},
         "scores": scores,
         "bias": i.bias,
         "offsets": i.offsets,
@@ -54,13 +54,23 @@ def _scorer(
         "SCORER": o.scorer,
         "ACT": o.act,
         "EXACT": i.values.dtype == torch.float32,
-        **block,
-        **LAUNCH,
+        **{**LAUNCH, **block},
     }
 
 
 def _programs(shape: plan.Shape, block: dict[str, int], rows: int) -> tuple[int]:
     return (rows * triton.cdiv(shape.queries, block["BLOCK_M"]),)
+
+
+def _gated_as_given(
+    i: Inputs, o: Options, shape: plan.Shape
+) -> tuple[Inputs, Options, Tensor | None]:
+    """The call with its scores given, where they are those of the gated scorer, and the scores."""
+    if o.scorer != "gated":
+        return i, o, i.scores
+    scores = gated_scores(i, o, shape)
+    given = Inputs(i.values, scores=scores, bias=i.bias, offsets=i.offsets)
+    return given, o._replace(scorer="given"), scores
 
 
 # ------------------------------------------------------------------ forward
@@ -73,9 +83,6 @@ def softmax_pool_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows = (shape.batch, shape.heads, shape.queries)
     z = i.values.new_empty(*rows, shape.features)
     lse = z.new_empty(rows, dtype=torch.float32)
-    scores = i.scores
-    if scores is None:
-        scores = lse.new_empty(i.values.shape[0], shape.heads, shape.queries, shape.items)
     block = plan.blocks(i, shape)
     splits = plan.splits(shape, block)
     partial = largest = total = None
@@ -83,8 +90,11 @@ def softmax_pool_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
         partial = lse.new_empty(splits, *z.shape)
         largest, total = lse.new_empty(2, splits, *rows)
     with torch.cuda.device_of(z):
+        scored, o, scores = _gated_as_given(i, o, shape)
+        if scores is None:
+            scores = lse.new_empty(i.values.shape[0], shape.heads, shape.queries, shape.items)
         pool_kernel[_programs(shape, block, shape.batch * shape.heads * splits)](
-            **_scorer(i, o, shape, scores, block),
+            **_scorer(scored, o, shape, scores, block),
             z=z if partial is None else partial,
             lse=lse,
             largest_out=largest,
@@ -139,11 +149,13 @@ def softmax_pool_bwd(
     to_keys = need_keys or (need_values and shared)
     p = lse.new_empty(by_item) if need_values else None
     de = lse.new_empty(by_item) if to_keys or need_query or need_weights else None
+    if p is None and de is None and not need_logits:
+        return (dvalues, dkeys, dquery, dlogits, *weights)
     with torch.cuda.device_of(dz):
+        dw = weights[4] if need_weights and scorer == "additive" else None
         _weights_grad(
             i, o, shape, dz, delta, dscores, lse, p, de, dlogits if need_logits else None,
-            dquery if need_query or (need_weights and scorer == "additive") else None,
-            weights[4] if need_weights and scorer == "additive" else None,
+            dquery if need_query else None, dw,
         )  # fmt: skip
         if scorer == "gated":
             if de is not None:
@@ -171,21 +183,22 @@ def _weights_grad(
     dquery: Tensor | None,
     dw: Tensor | None,
 ) -> None:
-    block = plan.blocks(i, shape)
+    i, o, scores = _gated_as_given(i, o, shape)
+    block = plan.blocks(i, shape, backward=True)
     samples = 1
-    if dquery is not None and i.query is not None and i.query.shape[0] == 1:
+    if (dquery is not None or dw is not None) and i.query is not None and i.query.shape[0] == 1:
         samples = plan.samples(shape, block)
     groups = triton.cdiv(shape.batch, samples)
     splits = plan.splits(shape, block, groups * shape.heads)
     programs = _programs(shape, block, groups * shape.heads * splits)
     parts = dw_parts = None
-    if dquery is not None:
+    if dquery is not None or dw is not None:
         assert i.query is not None
         parts = lse.new_empty(splits * (groups if i.query.shape[0] == 1 else 1), *i.query.shape)
     if dw is not None:
         dw_parts = lse.new_empty(programs[0], shape.units)
     weights_kernel[programs](
-        **_scorer(i, o, shape, i.scores, block),
+        **_scorer(i, o, shape, scores, block),
         lse=lse,
         dz=dz,
         delta=delta,
@@ -221,7 +234,7 @@ def _items_grad(
     weights = de if p is None else p
     assert weights is not None
     features = x.shape[3]
-    block = plan.spread(shape, features)
+    block = plan.spread(x, shape, o.scorer == "gated")
     rows = shape.batch * shape.heads
     splits = plan.item_splits(shape, block)
     items_kernel[rows * splits, triton.cdiv(features, block["BLOCK_F"])](
@@ -248,8 +261,7 @@ def _items_grad(
         SCORER=o.scorer,
         ACT=o.act,
         EXACT=x.dtype == torch.float32,
-        **block,
-        **LAUNCH,
+        **{**LAUNCH, **block},
     )
 
 

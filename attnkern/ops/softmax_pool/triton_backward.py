@@ -95,10 +95,6 @@ def weights_kernel(
     keys,
     query,
     scores,
-    V,
-    b_V,
-    U,
-    b_U,
     w,
     c,
     bias,
@@ -174,8 +170,6 @@ def weights_kernel(
                 row_query += b * query_batch + h * queries * units
             if c is not None:
                 row_c += b * c_batch + h * queries
-        row_lse = tl.load(lse + row + m, mask=in_m, other=0.0)[:, None]
-        row_delta = tl.load(delta + row + m, mask=in_m, other=0.0)[:, None]
         for n0 in range(first, last, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
             in_n = n < last
@@ -183,11 +177,11 @@ def weights_kernel(
                 e = load_weights(scores + row_n, m, in_m, items, n, in_n)
             else:
                 e = score(
-                    m0, m, in_m, n, in_n, row_keys, keys_item, keys_feature, row_query, V, b_V, U,
-                    b_U, w, row_c, queries, features, units, SCORER, ACT, EXACT,
-                    BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D,
+                    m0, m, in_m, n, in_n, row_keys, keys_item, keys_feature, row_query, w, row_c,
+                    queries, units, SCORER, ACT, EXACT, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
             l = logits(e, row_bias, bias_query, m, in_m, n, in_n, scale)  # noqa: E741
+            row_lse = tl.load(lse + row + m, mask=in_m, other=0.0)[:, None]
             none = (row_lse == float("-inf")) | ((l == float("-inf")) & (row_lse == row_lse))
             p = tl.where(none, 0.0, tl.exp(tl.where(none, 0.0, l - row_lse)))
             places = row_n + m[:, None] * items + n[None, :]
@@ -198,7 +192,7 @@ def weights_kernel(
                 dz + row * features, m, in_m, row_values, n * values_item, in_n, features,
                 values_feature, EXACT, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            dl = p * (dp - row_delta)
+            dl = p * (dp - tl.load(delta + row + m, mask=in_m, other=0.0)[:, None])
             if dlogits is not None:
                 tl.store(dlogits + places, dl, mask=valid)
             if de_out is not None:

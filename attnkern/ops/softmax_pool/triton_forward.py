@@ -16,16 +16,24 @@ from attnkern.ops.softmax_pool.triton_items import (
 )
 
 
+@triton.jit
+def _divisor(total):
+    """total, or 1 for a row without a logit above -inf, whose sum is 0."""
+    return tl.where(total == 0, 1.0, total)
+
+
+@triton.jit
+def log_sum(total, base):
+    """log of a sum of exponentials relative to ``base``; -inf where it is empty."""
+    return tl.where(total == 0, float("-inf"), tl.log(_divisor(total)) + base)
+
+
 @triton.jit(do_not_specialize=["heads", "queries", "splits"])
 def pool_kernel(
     values,
     keys,
     query,
     scores,
-    V,
-    b_V,
-    U,
-    b_U,
     w,
     c,
     bias,
@@ -96,8 +104,8 @@ def pool_kernel(
         for n0 in range(first, last, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
             e = score(
-                m0, m, in_m, n, n < last, keys, keys_item, keys_feature, query, V, b_V, U, b_U, w, c,
-                queries, features, units, SCORER, ACT, EXACT, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_D,
+                m0, m, in_m, n, n < last, keys, keys_item, keys_feature, query, w, c, queries, units,
+                SCORER, ACT, EXACT, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
             tl.store(
                 scores + m[:, None] * items + n[None, :],
@@ -118,15 +126,12 @@ def pool_kernel(
         total = total * tl.exp(largest - base) + tl.sum(tl.exp(l - base[:, None]), axis=1)
         largest = new
 
-    empty = total == 0
-    total = tl.where(empty, 1.0, total)
     row_out = (split * (tl.num_programs(0) // blocks // splits) + row) * queries + m
     if largest_out is not None:
         tl.store(largest_out + row_out, largest, mask=in_m)
         tl.store(total_out + row_out, total, mask=in_m)
     else:
-        row_lse = tl.where(empty, float("-inf"), tl.log(total) + base)
-        tl.store(lse + row_out, row_lse, mask=in_m)
+        tl.store(lse + row_out, log_sum(total, base), mask=in_m)
     for d0 in range(0, features, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D).to(tl.int64)
         acc = tl.zeros([BLOCK_N if BLOCK_M == 1 else BLOCK_M, BLOCK_D], tl.float32)
@@ -138,7 +143,7 @@ def pool_kernel(
             acc = add_weighted(tl.exp(l - base[:, None]), tile.to(tl.float32), acc, EXACT)
         out = over_items(acc, BLOCK_M)
         if largest_out is None:
-            out = tl.where(empty[:, None], 0.0, out / total[:, None])
+            out = tl.where((total == 0)[:, None], 0.0, out / _divisor(total)[:, None])
         tl.store(
             z + row_out[:, None] * features + d[None, :],
             out.to(z.dtype.element_ty),
@@ -190,9 +195,7 @@ def merge_kernel(
         )
         acc += share[:, None] * tile
     total = tl.sum(sums, axis=0)
-    empty = total == 0
-    total = tl.where(empty, 1.0, total)
-    out = tl.where(empty, 0.0, tl.sum(acc, axis=0) / total)
+    out = tl.where(total == 0, 0.0, tl.sum(acc, axis=0) / _divisor(total))
     tl.store(z + row * features + d, out.to(z.dtype.element_ty), mask=d < features)
     if tl.program_id(1) == 0:
-        tl.store(lse + row, tl.where(empty, float("-inf"), tl.log(total) + top))
+        tl.store(lse + row, log_sum(total, top))

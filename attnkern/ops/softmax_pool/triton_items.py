@@ -12,8 +12,8 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnkern._triton.activation import activation, sigmoid
-from attnkern._triton.product import product, product_of_stored
+from attnkern._triton.activation import activation
+from attnkern._triton.product import product
 
 
 @triton.jit
@@ -98,45 +98,6 @@ def add_spread(p, rows, acc, EXACT: tl.constexpr):
     return acc + tl.trans(p) * rows if p.shape[0] == 1 else product(tl.trans(p), rows, acc, EXACT)
 
 
-# ------------------------------------------------------------------ scorers
-
-
-@triton.jit
-def hidden(
-    x,
-    at,
-    in_n,
-    feature_stride,
-    V,
-    b_V,
-    U,
-    b_U,
-    k,
-    features,
-    units,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """V x_n + b_V and U x_n + b_U for hidden units k: two [BLOCK_N, BLOCK_K]; the first twice without U."""
-    a = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    b = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    in_k = k < units
-    for f0 in range(0, features, BLOCK_F):
-        f = f0 + tl.arange(0, BLOCK_F).to(tl.int64)
-        tile = load_items(x, at, in_n, f, features, feature_stride)
-        places = k[None, :] * features + f[:, None]
-        valid = in_k[None, :] & (f < features)[:, None]
-        a = product_of_stored(tile, tl.load(V + places, mask=valid, other=0.0), a)
-        if U is not None:
-            b = product_of_stored(tile, tl.load(U + places, mask=valid, other=0.0), b)
-    if b_V is not None:
-        a += tl.load(b_V + k, mask=in_k, other=0.0)[None, :]
-    if b_U is not None:
-        b += tl.load(b_U + k, mask=in_k, other=0.0)[None, :]
-    return a, a if U is None else b
-
-
 @triton.jit
 def score(
     m0,
@@ -148,14 +109,9 @@ def score(
     item_stride,
     feature_stride,
     query,
-    V,
-    b_V,
-    U,
-    b_U,
     w,
     c,
     queries,
-    features,
     units,
     SCORER: tl.constexpr,
     ACT: tl.constexpr,
@@ -163,15 +119,15 @@ def score(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
-    BLOCK_F: tl.constexpr,
 ):
-    """e [BLOCK_M, BLOCK_N] of a row whose keys (gated: values), query and c these are."""
+    """e [BLOCK_M, BLOCK_N] of a row whose keys, query and c these are."""
     at = n * item_stride
     if SCORER == "dot":
         e = times_items(
             query, m, in_m, x, at, in_n, units, feature_stride, EXACT, BLOCK_M, BLOCK_N, BLOCK_K
         )
-    elif SCORER == "additive":
+    else:
+        tl.static_assert(SCORER == "additive")
         e = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
         for k0 in range(0, units, BLOCK_K):
             k = k0 + tl.arange(0, BLOCK_K).to(tl.int64)
@@ -181,25 +137,6 @@ def score(
                 q = tl.load(query + one * units + k, mask=k < units, other=0.0)[None, :]
                 terms = activation(tile + q, 0.0, ACT) * weight  # w is 0 outside, act(0 + 0) finite
                 e += tl.where((m == one)[:, None], tl.sum(terms, axis=1)[None, :], 0.0)
-    else:
-        tl.static_assert(SCORER == "gated")
-        e = tl.zeros([BLOCK_N, BLOCK_K] if BLOCK_M == 1 else [BLOCK_M, BLOCK_N], tl.float32)
-        for k0 in range(0, units, BLOCK_K):
-            k = k0 + tl.arange(0, BLOCK_K).to(tl.int64)
-            a, b = hidden(
-                x, at, in_n, feature_stride, V, b_V, U, b_U, k, features, units,
-                BLOCK_N, BLOCK_K, BLOCK_F,
-            )  # fmt: skip
-            h = activation(a, 0.0, ACT)
-            if U is not None:
-                h *= sigmoid(b)
-            rows = load_rows(w, m, in_m, k, units)
-            if BLOCK_M == 1:
-                e += rows * h
-            else:
-                e = product(rows, tl.trans(h), e, True)
-        if BLOCK_M == 1:
-            e = tl.sum(e, axis=1)[None, :]
     if c is not None:
         e += tl.load(c + m, mask=in_m, other=0.0)[:, None]
     return e

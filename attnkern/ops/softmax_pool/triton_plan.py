@@ -46,24 +46,48 @@ def power(size: int, low: int, high: int) -> int:
     return max(low, min(high, triton.next_power_of_2(max(size, 1))))
 
 
-def blocks(i: Inputs, shape: Shape) -> dict[str, int]:
-    """Queries, items, features and key features of a tile."""
-    if shape.queries == 1 and i.V is None:
-        elements = 2048
+def aligned(x: Tensor) -> bool:
+    """Whether rows of the items begin at multiples of 16 elements, which Triton vectorises for."""
+    return all(n == 1 or s == 1 or s % 16 == 0 for n, s in zip(x.shape, x.stride(), strict=True))
+
+
+def blocks(i: Inputs, shape: Shape, backward: bool = False) -> dict[str, int]:
+    """Queries, items, features and key features of a tile; the backward has half the tile to spare.
+
+    Loops are not pipelined: their addresses in flight made ptxas spill 50 to 300 bytes.
+    """
+    keys = i.values if i.keys is None else i.keys
+    wide = aligned(i.values) and aligned(keys)
+    additive = i.w is not None
+    if shape.queries == 1:
+        elements = 2048 if wide else 1024
         d = power(shape.features, 16, 128)
         n = elements // d
-        return {
-            "BLOCK_M": 1,
-            "BLOCK_N": n,
-            "BLOCK_D": d,
-            "BLOCK_K": power(shape.units, 16, elements // n),
-        }
-    side = 32
+        k = power(shape.units, 16, elements // n // (2 if additive else 1))
+        warps = 8 if additive and backward else 4
+        block = {"BLOCK_M": 1, "BLOCK_N": n, "BLOCK_D": d, "BLOCK_K": k}
+    else:
+        most = (64 if wide else 32) // (2 if backward else 1)
+        d, k = power(shape.features, 16, most), power(shape.units, 16, most)
+        warps = 8 if backward and not wide else 4
+        block = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": d, "BLOCK_K": k}
+    return {**block, "num_warps": warps, "num_stages": 1}
+
+
+def _matrix_blocks(x: Tensor, shape: Shape, step: str) -> dict[str, int]:
+    """Tiles of the hidden layer's products, ``step`` features at a time, by eight warps.
+
+    float32 products keep their operands in registers: half the tile, and half the step.
+    """
+    side = 64 if x.dtype != torch.float32 and aligned(x) else 32
+    small = x.dtype == torch.float32
     return {
         "BLOCK_M": 1 if shape.queries == 1 else 16,
         "BLOCK_N": side,
-        "BLOCK_D": side,
-        "BLOCK_K": side,
+        "BLOCK_K": 32,
+        step: 16 if small else 32,
+        "num_warps": 8,
+        "num_stages": 1 if small else 2,
     }
 
 
@@ -107,12 +131,20 @@ def strided(name: str, t: Tensor | None) -> Arguments:
     return {name: t, **{f"{name}_{axis}": s for axis, s in zip(axes, strides, strict=True)}}
 
 
-def spread(shape: Shape, features: int) -> dict[str, int]:
+def spread(x: Tensor, shape: Shape, gated: bool) -> dict[str, int]:
     """Tiles of `items_kernel`."""
+    if gated:
+        block = _matrix_blocks(x, shape, "BLOCK_F")
+        return {**block, "BLOCK_F": block["BLOCK_K"], "BLOCK_K": block["BLOCK_F"]}
     if shape.queries == 1:
-        f = power(features, 16, 128)
-        return {"BLOCK_M": 1, "BLOCK_N": 2048 // f, "BLOCK_F": f, "BLOCK_K": 32}
-    return {"BLOCK_M": 16, "BLOCK_N": 32, "BLOCK_F": 32, "BLOCK_K": 32}
+        f = power(x.shape[3], 16, 128)
+        return {"BLOCK_M": 1, "BLOCK_N": 2048 // f, "BLOCK_F": f, "BLOCK_K": 16, "num_stages": 1}
+    return {
+        **dict.fromkeys(("BLOCK_N", "BLOCK_F"), 32),
+        "BLOCK_M": 16,
+        "BLOCK_K": 16,
+        "num_stages": 1,
+    }
 
 
 def item_splits(shape: Shape, block: dict[str, int]) -> int:
@@ -122,23 +154,24 @@ def item_splits(shape: Shape, block: dict[str, int]) -> int:
 
 
 def hidden_blocks(i: Inputs, shape: Shape) -> dict[str, int]:
-    return {"BLOCK_M": 1 if shape.queries == 1 else 16, **dict.fromkeys(_SIDES, 32)}
+    return _matrix_blocks(i.values, shape, "BLOCK_F")
 
 
-_SIDES = ("BLOCK_N", "BLOCK_K", "BLOCK_F")
+def outer_blocks(rows: int, exact: bool) -> dict[str, int]:
+    """Tiles of `outer_kernel`, smaller where products are in float32."""
+    small = {"BLOCK_J": 32, "BLOCK_N": 16, "num_stages": 1}
+    large = {"BLOCK_J": 64, "BLOCK_N": 32, "num_stages": 2}
+    return {"BLOCK_I": power(rows, 16, 64), "num_warps": 8, **(small if exact else large)}
 
 
-def outer_blocks(rows: int, cols: int) -> dict[str, int]:
-    return {"BLOCK_I": power(rows, 16, 32), "BLOCK_J": 32, "BLOCK_N": 32}
-
-
-def outer_splits(shape: Shape, count: int) -> list[int]:
+def outer_splits(shape: Shape, count: int, exact: bool) -> list[int]:
     """Splits of a segment of ``count`` items for dV, db_V, dU, db_U and dw."""
 
-    def of(rows: int, cols: int) -> int:
-        block = outer_blocks(rows, cols)
+    def of(rows: int, cols: int, exact: bool) -> int:
+        block = outer_blocks(rows, exact)
         tiles = triton.cdiv(rows, block["BLOCK_I"]) * triton.cdiv(cols, block["BLOCK_J"])
         wanted = triton.cdiv(4 * processors(shape.device), tiles)
         return max(1, min(wanted, triton.cdiv(count, block["BLOCK_N"])))
 
-    return [of(shape.units, shape.features)] * 4 + [of(shape.queries, shape.units)]
+    projection = of(shape.units, shape.features, exact)
+    return [*[projection] * 4, of(shape.queries, shape.units, True)]
