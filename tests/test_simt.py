@@ -62,7 +62,7 @@ CASES = (
         "warp_divergence",
         "barrier_divergence",
     ),
-    *("barrier_exit", "ticket", "chain", "cooperative", "livelock", "values"),
+    *("barrier_exit", "ticket", "chain", "cooperative", "livelock", "tensor_core", "values"),
 )
 
 

@@ -10,6 +10,7 @@
 #include "cuda/atomic.cuh"
 #include "cuda/cluster.cuh"
 #include "cuda/launch.cuh"
+#include "cuda/mma.cuh"
 #include "cuda/reduce.cuh"
 
 using namespace attnkern;
@@ -328,6 +329,45 @@ ATTNKERN_KERNEL(64, 1) values_kernel(Arrays a, bool) {
   store_global_vec<Cache::streaming>(a.output + 320 + 4 * t, widen(pack));
 }
 
+ATTNKERN_HOST_DEVICE int a_at(int row, int k) { return (3 * row + 5 * k) % 7 - 3; }
+ATTNKERN_HOST_DEVICE int b_at(int k, int column) { return (2 * k + 3 * column) % 5 - 2; }
+
+// a b, a [16, 16] and b [16, 16], each warp of its own; the second has a's columns as rows.
+template <class T>
+ATTNKERN_DEVICE void tensor_core(const Arrays& a, int fault, int to) {
+  constexpr int stride = 24;
+  SharedArena arena;
+  const Shared<T> both = arena.take<T>(4 * 16 * stride);
+  const Shared<T> left = both.slice(warp_id() * 32 * stride, 16 * stride);
+  const Shared<T> right = both.slice((warp_id() * 32 + 16) * stride, 16 * stride);
+  warp_sync();  // the call before was read
+  for (int i = lane_id(); i < 256; i += kWarpSize) {
+    const int row = i / 16, column = i % 16;
+    const int value = warp_id() == 0 ? a_at(row, column) : a_at(column, row);
+    left.store(row * stride + column, narrow<T>(static_cast<float>(value)));
+    right.store(row * stride + column, narrow<T>(static_cast<float>(b_at(row, column))));
+  }
+  if (fault != 1) warp_sync();
+  const int begin = fault == 2 ? 4 : 0;
+  const FragmentA f = warp_id() == 0 ? load_a(left, begin, stride) : load_a_transposed(left, begin, stride);
+  FragmentB b[2];
+  load_b(right, 0, stride, b);
+  for (int n = 0; n < 2; ++n) {
+    FragmentD d{};
+    multiply_add<T>(d, f, b[n]);
+    multiply_add<T>(d, f, b[n]);
+    for (int i = 0; i < 4; ++i) {
+      const int row = lane_id() / 4 + i / 2 * 8, column = 8 * n + lane_id() % 4 * 2 + i % 2;
+      copy_through(a, to + warp_id() * 256 + row * 16 + column, d.values[i]);
+    }
+  }
+}
+
+ATTNKERN_KERNEL(64, 1) tensor_core_kernel(Arrays a, int fault) {
+  tensor_core<bfloat16>(a, fault, 0);
+  tensor_core<float16>(a, 0, 512);
+}
+
 struct Case {
   const char* name;
   int faults;               // planted ones; 0 is the clean kernel
@@ -482,6 +522,15 @@ const Case kCases[] = {
      {"livelock"},
      [](const Arrays& a, int f) { return start(poll_kernel, a, f, 1); },
      [](int i) { return i < 64 ? 1.0f : NAN; }},
+    {"tensor_core",
+     2,
+     {"race: ", "misaligned vector access to shared memory"},
+     [](const Arrays& a, int f) { return start(tensor_core_kernel, a, f); },
+     [](int i) {
+       int sum = 0;
+       for (int k = 0; k < 16; ++k) sum += a_at(i % 256 / 16, k) * b_at(k, i % 16);
+       return 2.0f * sum;
+     }},
     {"values",
      0,
      {},
