@@ -5,8 +5,6 @@ import copy
 import pytest
 import timm
 import torch
-from monai.networks.nets import MILModel
-from open_clip.modified_resnet import ModifiedResNet
 from test_integrations import differentiate
 from timm.layers import AttentionPool2d, AttentionPoolLatent, GlobalContext
 from torch import nn
@@ -14,6 +12,18 @@ from torch import nn
 import attnkern
 
 TINY = {"img_size": 32, "patch_size": 8, "depth": 1, "embed_dim": 48, "num_heads": 3}
+
+
+def open_clip():
+    library = pytest.importorskip("open_clip.modified_resnet")
+    return library.ModifiedResNet([1, 1, 1, 1], output_dim=16, heads=4, image_size=64, width=8)
+
+
+def mil():
+    nets = pytest.importorskip("monai.networks.nets")
+    return nets.MILModel(3, mil_mode="att", pretrained=False, backbone="resnet18")
+
+
 NETWORKS = {
     "resnet50_clip": (
         lambda: timm.create_model("resnet50_clip", num_classes=10),
@@ -26,16 +36,8 @@ NETWORKS = {
         1,
     ),
     "gcresnext": (lambda: timm.create_model("gcresnext26ts", num_classes=10), (2, 3, 64, 64), 8),
-    "open_clip": (
-        lambda: ModifiedResNet([1, 1, 1, 1], output_dim=16, heads=4, image_size=64, width=8),
-        (2, 3, 64, 64),
-        1,
-    ),
-    "MILModel": (
-        lambda: MILModel(3, mil_mode="att", pretrained=False, backbone="resnet18"),
-        (2, 3, 3, 32, 32),
-        1,
-    ),
+    "open_clip": (open_clip, (2, 3, 64, 64), 1),
+    "MILModel": (mil, (2, 3, 3, 32, 32), 1),
 }
 
 

@@ -20,7 +20,7 @@ from torchvision.models.quantization.mobilenetv3 import QuantizableSqueezeExcita
 from torchvision.ops.misc import SqueezeExcitation
 
 import attnkern
-from attnkern.integrations import _squeeze_excite
+from attnkern.integrations import _children
 
 BLOCKS = {
     "basic": lambda: BasicBlock(16, 16, attn_layer="se"),
@@ -387,7 +387,7 @@ def test_hooks_on_children_run_whenever_they_were_registered(make, child, kind):
 
 
 def test_a_late_hook_is_said_once(monkeypatch):
-    monkeypatch.setattr(_squeeze_excite, "_said", set())
+    monkeypatch.setattr(_children, "_said", set())
     model = SEModule(16)
     attnkern.optimize(model, impl="reference")
     model.gate.register_forward_hook(lambda *_: None)

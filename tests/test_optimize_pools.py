@@ -11,8 +11,6 @@ import pytest
 import torch
 import torch._dynamo
 from conftest import DTYPES, TARGETS
-from monai.networks.nets import MILModel
-from open_clip.modified_resnet import AttentionPool2d as OpenClipPool
 from test_optimize import traces
 from timm.layers import AttentionPool2d, AttentionPoolLatent, GlobalContext, RmsNorm
 from torch import nn
@@ -31,7 +29,12 @@ class Flat(nn.Module):
 
 
 def mil(mode):
-    return MILModel(2, mil_mode=mode, backbone=Flat(), backbone_num_features=24)
+    nets = pytest.importorskip("monai.networks.nets")
+    return nets.MILModel(2, mil_mode=mode, backbone=Flat(), backbone_num_features=24)
+
+
+def open_clip_pool():
+    return pytest.importorskip("open_clip.modified_resnet").AttentionPool2d(3, 32, 4, 10)
 
 
 HEADS = {
@@ -60,7 +63,7 @@ HEADS = {
         lambda: GlobalContext(32, fuse_add=True, gate_layer="hard_sigmoid"),
         (3, 32, 4, 5),
     ),
-    "open_clip": (lambda: OpenClipPool(3, 32, 4, 10), (3, 32, 3, 3)),
+    "open_clip": (open_clip_pool, (3, 32, 3, 3)),
     "clip": (lambda: copied.OpenAIAttentionPool2d(3, 32, 4, 10), (3, 32, 3, 3)),
     "clam plain": (lambda: copied.CLAM(gate=False), (40, 24)),
     "clam gated": (lambda: copied.CLAM(dropout=0.1), (40, 24)),

@@ -14,7 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnkern import _activations
-from attnkern.integrations._squeeze_excite import altered, inlinable, say_once
+from attnkern.integrations._children import (
+    altered,
+    inlinable,
+    refuse_child,
+    refuse_linear,
+    say_once,
+)
 from attnkern.ops.softmax_pool import gated_attention_pool, query_attention_pool
 from attnkern.ops.softmax_pool.reference import ACTS
 
@@ -50,22 +56,6 @@ def lowers_to(x: Tensor) -> torch.dtype | None:
     device = x.device.type
     if x.dtype != torch.float64 and torch.amp.is_autocast_available(device):
         return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return None
-
-
-def refuse_child(role: str, module: Any, *classes: type) -> str | None:
-    """Why a child's computation cannot be inlined; None when it is plainly one of ``classes``."""
-    if type(module) not in classes:
-        return f"its {role} is a {_activations.qualified_name(type(module))}"
-    reason = altered(module)
-    return reason and f"its {role} {reason}"
-
-
-def refuse_linear(role: str, layer: Any, outputs: int | None = None) -> str | None:
-    if reason := refuse_child(role, layer, nn.Linear):
-        return reason
-    if outputs is not None and layer.out_features != outputs:
-        return f"its {role} has {layer.out_features} outputs, not {outputs}"
     return None
 
 

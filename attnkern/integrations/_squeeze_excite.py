@@ -7,15 +7,13 @@ honoured, by running the module's own forward where the children's computation c
 
 from __future__ import annotations
 
-import warnings
 from typing import Any, NamedTuple
 
 import torch
-import torch.nn.modules.module as _module
 from torch import Tensor, nn
 
 from attnkern import _activations
-from attnkern.integrations import is_rerouted
+from attnkern.integrations._children import altered, inlinable, refuse_conv, say_once
 from attnkern.ops.squeeze_excite.module import weight_and_bias
 from attnkern.ops.squeeze_excite.op import squeeze_excite
 from attnkern.ops.squeeze_excite.reference import ACTS, GATES
@@ -32,20 +30,6 @@ class Arguments(NamedTuple):
     act_slope: float
     act_weight: Tensor | None
     gate: str
-
-
-def altered(module: nn.Module) -> str | None:
-    """What of ``module`` would not run if its computation were inlined; None when nothing."""
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
-        return "has hooks"
-    if "forward" in module.__dict__ and not is_rerouted(module):
-        return "has a replaced forward"
-    return None
 
 
 def read(fc1: Any, act: Any, fc2: Any, gate: Any) -> Arguments | str:
@@ -68,17 +52,6 @@ def read_one_layer(fc: Any, gate: Any) -> Arguments | str:
         return reason
     assert out is not None
     return Arguments(*weight_and_bias(fc), None, None, "identity", 0.01, None, out.name)
-
-
-def refuse_conv(conv: Any) -> str | None:
-    if type(conv) is not nn.Conv2d:
-        return f"its 1x1 convolution is a {_activations.qualified_name(type(conv))}"
-    if conv.kernel_size != (1, 1) or conv.stride != (1, 1) or conv.padding != (0, 0):
-        return f"its convolution is not a plain 1x1 one: {conv}"
-    if conv.groups != 1:
-        return f"its 1x1 convolution has {conv.groups} groups"
-    reason = altered(conv)
-    return reason and f"its 1x1 convolution {reason}"
 
 
 def _refuse(
@@ -118,16 +91,6 @@ def accepts(x: Any, arguments: Arguments) -> bool:
     return x.dtype == weight.dtype
 
 
-def inlinable() -> bool:
-    """Whether no hook watches every module of the process, children included."""
-    return not (
-        _module._global_forward_hooks
-        or _module._global_forward_pre_hooks
-        or _module._global_backward_hooks
-        or _module._global_backward_pre_hooks
-    )
-
-
 def forward(module: nn.Module, arguments: Arguments | str, x: Any, impl: str) -> Any:
     """The rerouted forward of a module that is squeeze-and-excitation and nothing else."""
     if isinstance(arguments, str):
@@ -147,17 +110,4 @@ def call(x: Tensor, arguments: Arguments, impl: str, **epilogue: Any) -> Tensor:
         gate=gate,
         impl=impl,
         **epilogue,
-    )
-
-
-_said: set[tuple[type, str]] = set()
-
-
-def say_once(module: nn.Module, reason: str) -> None:
-    if torch.compiler.is_compiling() or (type(module), reason) in _said:
-        return
-    _said.add((type(module), reason))
-    warnings.warn(
-        f"attnkern: {type(module).__name__} was optimized but runs its own forward: {reason}",
-        stacklevel=4,
     )

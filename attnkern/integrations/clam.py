@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from attnkern.integrations import Rule, _softmax_pool
-from attnkern.integrations._squeeze_excite import altered
+from attnkern.integrations._children import altered
 from attnkern.integrations._structure import has
 
 _NOTE = "in training, with dropout active, its own forward runs"

@@ -7,7 +7,7 @@ from typing import Any
 from torch import nn
 
 from attnkern.integrations import Rule, _softmax_pool
-from attnkern.integrations._squeeze_excite import altered
+from attnkern.integrations._children import altered
 
 
 def _read(m: Any) -> Any:

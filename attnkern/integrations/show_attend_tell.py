@@ -9,8 +9,7 @@ from torch import Tensor, nn
 
 from attnkern import _activations
 from attnkern.integrations import Rule, _keys, _softmax_pool
-from attnkern.integrations._softmax_pool import refuse_child, refuse_linear
-from attnkern.integrations._squeeze_excite import altered
+from attnkern.integrations._children import altered, refuse_child, refuse_linear
 from attnkern.integrations._structure import has
 from attnkern.ops.softmax_pool import additive_attention_pool
 from attnkern.ops.softmax_pool.reference import ACTS

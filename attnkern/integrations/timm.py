@@ -11,7 +11,8 @@ from torch import Tensor, nn
 
 from attnkern._activations import qualified_name
 from attnkern.integrations import Rule, _squeeze_excite
-from attnkern.integrations._squeeze_excite import Arguments, altered
+from attnkern.integrations._children import altered, inlinable
+from attnkern.integrations._squeeze_excite import Arguments
 
 # ------------------------------------------------------------------ squeeze-and-excitation modules
 # Children are read from `_modules`: `Module.__getattr__` costs 0.5 us each.
@@ -163,7 +164,7 @@ def _read_legacy_block(m: Any) -> Arguments | str:
 
 def basic_block(block: Any, x: Any, *, impl: str) -> Any:
     tail = _read_basic_block(block)
-    if isinstance(tail, str) or not _squeeze_excite.inlinable():
+    if isinstance(tail, str) or not inlinable():
         return type(block).forward(block, x)
     shortcut = x
     x = block.drop_block(block.bn1(block.conv1(x)))
@@ -174,7 +175,7 @@ def basic_block(block: Any, x: Any, *, impl: str) -> Any:
 
 def bottleneck(block: Any, x: Any, *, impl: str) -> Any:
     tail = _read_bottleneck(block)
-    if isinstance(tail, str) or not _squeeze_excite.inlinable():
+    if isinstance(tail, str) or not inlinable():
         return type(block).forward(block, x)
     shortcut = x
     x = block.act1(block.bn1(block.conv1(x)))
@@ -186,7 +187,7 @@ def bottleneck(block: Any, x: Any, *, impl: str) -> Any:
 
 def legacy_bottleneck(block: Any, x: Any, *, impl: str) -> Any:
     tail = _read_legacy_block(block)
-    if isinstance(tail, str) or not _squeeze_excite.inlinable():
+    if isinstance(tail, str) or not inlinable():
         return type(block).forward(block, x)
     out = block.relu(block.bn1(block.conv1(x)))
     out = block.relu(block.bn2(block.conv2(out)))
@@ -195,7 +196,7 @@ def legacy_bottleneck(block: Any, x: Any, *, impl: str) -> Any:
 
 def legacy_basic_block(block: Any, x: Any, *, impl: str) -> Any:
     tail = _read_legacy_block(block)
-    if isinstance(tail, str) or not _squeeze_excite.inlinable():
+    if isinstance(tail, str) or not inlinable():
         return type(block).forward(block, x)
     out = block.relu(block.bn1(block.conv1(x)))
     out = block.relu(block.bn2(block.conv2(out)))

@@ -9,8 +9,8 @@ from torch import Tensor, nn
 
 from attnkern._activations import qualified_name
 from attnkern.integrations import Rule, _softmax_pool
-from attnkern.integrations._softmax_pool import Projections, refuse_linear
-from attnkern.integrations._squeeze_excite import altered, refuse_conv
+from attnkern.integrations._children import altered, refuse_child, refuse_conv, refuse_linear
+from attnkern.integrations._softmax_pool import Projections
 from attnkern.ops.softmax_pool import context_attention_pool, query_attention_pool
 
 # ------------------------------------------------------------------ AttentionPoolLatent
@@ -110,7 +110,7 @@ def _read_token(m: Any) -> Projections | str:
         if reason := refuse_linear(name, getattr(m, name)):
             return reason
     for name, kinds in (("drop", (nn.Dropout,)), ("proj", (nn.Linear, nn.Identity))):
-        if reason := _softmax_pool.refuse_child(name, getattr(m, name), *kinds):
+        if reason := refuse_child(name, getattr(m, name), *kinds):
             return reason  # it is given one token, not all
     if len(names) == 3:
         q, k, v = m.q, m.k, m.v

@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Any
 
 from attnkern.integrations import Rule, _softmax_pool
-from attnkern.integrations._squeeze_excite import altered
+from attnkern.integrations._children import altered
 
 
 def _read(m: Any) -> Any:

@@ -7,6 +7,7 @@ from typing import Any
 from torch import nn
 
 from attnkern.integrations import Rule, _squeeze_excite
+from attnkern.integrations._children import altered
 from attnkern.integrations._squeeze_excite import Arguments
 
 
@@ -15,7 +16,7 @@ def _read(m: Any) -> Arguments | str:
     pool = c["avgpool"]
     if type(pool) is not nn.AdaptiveAvgPool2d or pool.output_size not in (1, (1, 1)):
         return f"its pooling is {pool}"
-    if reason := _squeeze_excite.altered(pool):
+    if reason := altered(pool):
         return f"its pooling {reason}"
     return _squeeze_excite.read(c["fc1"], c["activation"], c["fc2"], c["scale_activation"])
 
