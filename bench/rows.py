@@ -29,7 +29,7 @@ PASSES = (FORWARD, TRAINING)
 class Subject:
     """One op at one size, dtype and layout; its passes share tensors and the gate.
 
-    ``trips``: the fewest reads and writes of the maps each pass needs, on-chip minimum.
+    ``trips``: the fewest reads and writes of ``moved`` each pass needs, on-chip minimum.
     ``others``: ways users write the op in stock torch, beside the spec's ``eager``; the fastest of
     all is the baseline.
     ``group``: which targets it counts towards; empty for a row that is shown beside them.
@@ -45,6 +45,7 @@ class Subject:
     quick: bool = True
     compile: bool = True
     passes: tuple[str, ...] = PASSES
+    moved: tuple[str, ...] = ("x",)
     others: Mapping[str, Callable[..., Any]] = field(default_factory=dict)
 
     @property
@@ -55,11 +56,11 @@ class Subject:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        return self.case.shapes[self.case.maps[0]]
+        return self.case.shapes[self.moved[0]]
 
     @property
     def map_bytes(self) -> int:
-        size = sum(math.prod(self.case.shapes[name]) for name in self.case.maps)
+        size = sum(math.prod(self.case.shapes[name]) for name in self.moved)
         return size * DTYPES[self.dtype].itemsize
 
     @property

@@ -231,8 +231,8 @@ class _Measurement:
         return call if self.gates.get(name, {"ok": True})["ok"] else None
 
     def _copies(self) -> dict[str, clock.Call]:
-        """One read and one write of the maps: into fresh results as an op does, and past the cache."""
-        sets = [[tensors[n].detach() for n in self.subject.case.maps] for tensors, _ in self.sets]
+        """One read and one write of what moves: into fresh results as an op does, and past the cache."""
+        sets = [[tensors[n].detach() for n in self.subject.moved] for tensors, _ in self.sets]
         calls: dict[str, clock.Call] = {"copy": lambda i: [x.clone() for x in sets[i]]}
         if self.device.type == "cpu" and self.subject.map_bytes > 64 << 20:
             outs = [torch.empty_like(x) for x in sets[0]]

@@ -18,7 +18,8 @@ import pytest
 import torch
 from torch import nn
 
-from attnkern import testing
+from attnkern import _select, testing
+from attnkern.ops.softmax_pool.cases import case as softmax_pool_case
 from attnkern.ops.squeeze_excite.cases import case
 from bench import __main__ as cli
 from bench import clock, gate, machine, models, results, rows, runner, screen
@@ -161,23 +162,74 @@ def test_red_gate_fails_the_command_and_prints_no_speedup(plant, quick, capsys, 
     assert [(line["gate"], line["times_ours"]) for line in lines] == [("red", "")] * 2
 
 
-@pytest.mark.parametrize("formulation", list(rows.benches()["squeeze_excite"].formulations))
-def test_formulations_compute_the_same(formulation):
-    bench = rows.benches()["squeeze_excite"]
-    seen = set()
-    for subject in [s for found in bench.subjects.values() for s in found]:
-        options = subject.case.options
-        small = case("", 2, 8, (5, 5), 4, residual="residual" in subject.case.shapes, **options)
-        if (signature := json.dumps([dict(options), list(small.shapes)])) in seen:
-            continue
-        seen.add(signature)
-        function = functools.partial(bench.formulations[formulation], **small.options)
-        spec = dataclasses.replace(subject.spec(), function=lambda f=function, **a: f(**a))
-        plain = testing.Case(small.name, small.shapes, small.options, small.maps)
-        tensors = small.inputs()
-        expected = spec.eager(**tensors, **plain.options)
-        torch.testing.assert_close(function(**tensors), expected)
-    assert len(seen) >= 3
+def shrunk(c: testing.Case) -> testing.Case:
+    """The case with every size over 16 a smaller one, equal sizes equal, multiples of 16 (heads)."""
+
+    def less(size):
+        return size if size <= 16 else 16 * (1 + size % 3)
+
+    shapes = {name: tuple(map(less, shape)) for name, shape in c.shapes.items()}
+    return dataclasses.replace(c, shapes=shapes)
+
+
+def formulations():
+    """Every other formulation once for each set of options that a subject gives it."""
+    found = {}
+    for bench in rows.benches().values():
+        for s in [s for subjects in bench.subjects.values() for s in subjects]:
+            rank = [len(shape) for shape in s.case.shapes.values()]
+            for name in s.others:
+                key = json.dumps([s.op, name, dict(s.case.options), list(s.case.shapes), rank])
+                found.setdefault(key, (s, name))
+    return list(found.values())
+
+
+@pytest.mark.parametrize(("subject", "name"), formulations(), ids=str)
+def test_formulations_compute_the_same(subject, name):
+    small = shrunk(subject.case)
+    tensors = small.inputs(torch.float64)
+    got = subject.others[name](**tensors, **small.options)
+    expected = subject.spec().eager(**tensors, **small.options)
+    torch.testing.assert_close(got, expected)
+
+
+def test_every_operator_has_other_formulations():
+    assert {s.op for s, _ in formulations()} >= {"squeeze_excite", "query_attention_pool"}
+
+
+def test_pools_are_held_to_a_read_as_well():
+    shapes = {"values": (2, 40, 16), "scores": (2, 40)}
+    c = softmax_pool_case("given-2x40x16", shapes)
+    trips = {rows.FORWARD: 1, rows.TRAINING: 3}
+    subject = rows.Subject("softmax_pool", c, "fp32", trips, moved=("values",))
+    forward, training = measure(subject)
+    assert forward["layout"] == training["layout"] == "items"
+    assert forward["minimum_bytes"] == 4 * (2 * 40 * 16 + 2 * 40)
+    for row in (forward, training):
+        assert row["gate"]["reference"]["ok"]
+        fastest = {name: modes["cold"]["fastest"] for name, modes in row["times"].items()}
+        rates = [2 * row["map_bytes"] / fastest["copy"], row["map_bytes"] / fastest["read"]]
+        assert row["roof"]["copy_GBps"] == pytest.approx(max(rates) / 1e9)
+
+
+def test_operator_without_a_kernel_is_measured_on_the_reference(monkeypatch):
+    monkeypatch.setattr(
+        _select, "refuse", lambda impl, *a: None if impl == "reference" else "planted"
+    )
+    for row in measure(TINY, dataclasses.replace(SETTINGS, impls=("native",))):
+        assert row["impl"] == "reference"
+        assert row["notes"] == [
+            "native is left out: planted",
+            "no kernel can run here, these figures are of the reference",
+        ]
+        assert row["gate"]["reference"]["ok"]
+
+
+def test_formulation_that_cannot_run_is_left_out():
+    broken = dataclasses.replace(TINY, others={"broken": functools.partial(crash, None)})
+    for row in measure(broken):
+        assert row["formulation"] == "plain"
+        assert row["notes"] == ["broken left out: RuntimeError: launch failed"]
 
 
 # ------------------------------------------------------------------ figures
@@ -386,7 +438,7 @@ def test_shards_cover_everything_once(capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--op", "nothing"], "--op must be one of squeeze_excite, got nothing"),
+        (["--op", "nothing"], "--op must be one of softmax_pool, squeeze_excite, got nothing"),
         (["--impl", "fast"], "--impl must be of native, triton, reference, got fast"),
         (["--shard", "3/2"], "--shard must be between 1/2 and 2/2, got 3/2"),
         (["--shard", "one"], "--shard must be i/n, got one"),

@@ -129,6 +129,7 @@ def _subject(c: Any, dtype: str, **extra: Any) -> Subject:
         c,
         dtype,
         TRIPS,
+        moved=c.maps,
         group=GROUPS.get(kind, POOL),
         others=OTHERS.get(kind, {}),
         **extra,

@@ -29,7 +29,7 @@ WINDOW = 12  # pixels that a cell sees, around its own
 LINE = 14  # pixels between lines of digits, and between places on a line
 MOST = 3  # digits on a canvas
 END, START = 10, 11  # words beside the ten digits
-FEATURES, HIDDEN, STATE = 48, 48, 96
+FEATURES, HIDDEN, STATE = 64, 48, 96
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -82,10 +82,11 @@ def windows(source: Digits, count: int, generator: torch.Generator) -> tuple[Ten
 
 def pretrained(source: Digits, quick: bool, generator: torch.Generator) -> nn.Module:
     encoder = nn.Sequential(
-        *(nn.Conv2d(1, 128, WINDOW, stride=CELL), nn.ReLU(), nn.Conv2d(128, FEATURES, 1), nn.ReLU())
+        *(nn.Conv2d(1, 16, 3), nn.ReLU(), nn.MaxPool2d(2), nn.Conv2d(16, 48, 3), nn.ReLU()),
+        *(nn.Conv2d(48, FEATURES, 3, stride=2), nn.ReLU()),
     )
     classifier = nn.Sequential(encoder, nn.Flatten(), nn.Linear(FEATURES, END + 1))
-    steps = 1000 if quick else 3000
+    steps = 300 if quick else 1500
     optimiser = torch.optim.Adam(classifier.parameters())
     schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, 1e-2, total_steps=steps)
     for _ in range(steps):
@@ -170,7 +171,7 @@ def train(model: Captioner, source: Digits, settings: Settings, generator: torch
         optimiser, 1e-2, total_steps=steps, pct_start=0.1
     )
     for step in range(steps):
-        most = min(MOST, 1 + 4 * step // steps)  # one digit at first
+        most = min(MOST, 1 + 6 * step // steps)  # one digit at first
         loss = loss_of(model, draw(source, 64, generator, most))
         optimiser.zero_grad()
         loss.backward()
