@@ -118,11 +118,10 @@ class SqueezeExcite(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, drop_path: Tensor | None = None
     ) -> Tensor:
-        children = self._modules
         return squeeze_excite(
             x,
-            *weight_and_bias(children["fc1"]),
-            *weight_and_bias(children["fc2"]),
+            *weight_and_bias(self._modules["fc1"]),
+            *weight_and_bias(self._modules["fc2"]),
             act_weight=None if self.act is None else self.act.weight,
             residual=residual,
             drop_path=drop_path,
