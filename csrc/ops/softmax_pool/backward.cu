@@ -23,9 +23,10 @@ ATTNKERN_DEVICE void each_held(Acc& dq, const Sizes& n, int first, const F& f) {
 // Traffic    items once, their gradients once; queries, dz and weights from L2 once a tile
 // Numerics   float; dquery by tiles in order
 template <class T, class ScorerT, int Rows>
-ATTNKERN_KERNEL(kMostThreads, 1)
+ATTNKERN_KERNEL(ScorerT::threads, 1)
 softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_GRID_CONSTANT const Plan plan,
-                        const Sums sums, const Hidden hidden) {
+                        const Sums sums, const Hidden hidden, const T* packed) {
+  constexpr bool product = std::is_same_v<ScorerT, GatedProductScorer>;
   constexpr bool gated = ScorerT::kind == Scorer::gated, dot = ScorerT::kind == Scorer::dot;
   constexpr bool additive = ScorerT::kind == Scorer::additive;
   constexpr int pack = pack_size<T>();
@@ -35,10 +36,12 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
   const int stride = plan.padded_queries, queries = static_cast<int>(n.queries);
 
   SharedArena arena;
-  const Stages<T> value_tiles = take_stages<T>(arena, plan.tile, plan.value_width);
-  const Stages<T> key_tiles = keyed ? take_stages<T>(arena, plan.tile, plan.key_width) : value_tiles;
+  const Stages<T> value_tiles = take_stages<T>(arena, plan.stages, plan.tile, plan.value_width);
+  const Stages<T> key_tiles = keyed ? take_stages<T>(arena, plan.stages, plan.tile, plan.key_width) : value_tiles;
   const Shared<float> weights = arena.take<float>(plan.tile * stride), grads = arena.take<float>(plan.tile * stride);
   const Shared<float> units = arena.take<float>(additive || gated ? plan.tile * static_cast<int>(n.hidden) : 0);
+
+  const Shared<float> by_warp = arena.take<float>(product ? warp_count() * plan.tile * stride : 0);
 
   const int groups = additive || gated ? HiddenThreads::groups_of(n.hidden, block_size()) : 1;
   const bool shared_query = p.query.stride_batch == 0;
@@ -76,20 +79,24 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
     int stage = 0;
     block_sync();  // the tiles of the unit before were read
     start_tile(piece.begin, 0);
-    for (int64_t item = piece.begin; item < piece.end; item += plan.tile, stage ^= 1) {
+    for (int64_t item = piece.begin; item < piece.end; item += plan.tile, stage ^= plan.stages - 1) {
       async_wait();
       block_sync();  // this tile is there, and the other stage was read
-      start_tile(item + plan.tile, stage ^ 1);
+      if (plan.stages == 2) start_tile(item + plan.tile, stage ^ 1);
       const Tile<T> x = value_tiles[stage], keys = key_tiles[stage];
       const View<T> view{p, piece.sample, head, 0, queries, x, keys, item, count_of(item), weights, stride};
       if constexpr (gated) {
         const int64_t at = (unit - hidden.first) * plan.length + item - piece.begin;
         g.hidden = hidden.layer + at * 2 * n.hidden;
-        GatedScorer::score<T>(view, [&](int t, int k, float a, float b) {
+        const auto keep = [&](int t, int k, float a, float b) {
           if (t >= view.count) return;
           store_global(g.hidden + int64_t{t} * 2 * n.hidden + k, a);
           if (p.U) store_global(g.hidden + (int64_t{t} * 2 + 1) * n.hidden + k, b);
-        });
+        };
+        if constexpr (product)
+          ScorerT::score(view, packed, by_warp, keep);
+        else
+          ScorerT::template score<T>(view, keep);
       } else {
         ScorerT::template score<Rows>(view);
       }
@@ -140,8 +147,12 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
           const int64_t to = (unit - hidden.first) * plan.length + item - piece.begin;
           store_global(hidden.weights + to * queries + i, weights.load(i / queries * stride + i % queries));
         }
-        continue;  // dvalues wait for the products with V and U
       }
+      if (plan.stages == 1) {
+        block_sync();  // the only tile was read
+        start_tile(item + plan.tile, 0);
+      }
+      if constexpr (gated) continue;  // dvalues wait for the products with V and U
 
       const Span<T*> dvalues = span_of<T>(p.dvalues, batch, head, n.features);
       const Span<T*> dkeys = span_of<T>(p.dkeys, batch, head, n.hidden);
@@ -191,8 +202,9 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
 struct Carved {
   Sums sums{};
   Hidden hidden{};
-  float *dV = nullptr, *dU = nullptr;  // [splits, 2, K, D]
-  size_t sums_bytes, bytes;            // the sums come first: they are cleared
+  void* packed = nullptr;    // V and U, for the tensor cores
+  float* dV = nullptr;       // dV and dU [splits, 2, K, D]
+  size_t sums_bytes, bytes;  // the sums come first: they are cleared
 };
 
 int64_t groups_of(const BackwardParams& p, const Plan& plan) {
@@ -220,6 +232,7 @@ Carved carve(const BackwardParams& p, const Plan& plan, void* base) {
   c.sums_bytes = carver.bytes;
   if (p.scorer == Scorer::gated) {
     const int64_t rows = plan.chunk_units * plan.length;
+    if (plan.product) c.packed = carver.take<uint16_t>(packed_size(n.hidden, plan.value_width));
     c.hidden.layer = carver.take<float>(rows * 2 * n.hidden);
     if (p.dvalues.data) c.hidden.weights = carver.take<float>(rows * n.queries);
   }
@@ -227,17 +240,20 @@ Carved carve(const BackwardParams& p, const Plan& plan, void* base) {
   return c;
 }
 
-template <class T>
+template <class T, class S>
 Status launch_gated(const BackwardParams& p, const Plan& plan, const Carved& c, void* stream) {
   const bool one = plan.padded_queries == 1;
+  T* const packed = static_cast<T*>(c.packed);
+  if constexpr (std::is_same_v<S, GatedProductScorer>)
+    if (const Status status = launch_pack<T>(p, plan, packed, stream); !status.ok()) return status;
   for (int64_t first = 0; first < plan.units; first += plan.chunk_units) {
     Hidden hidden = c.hidden;
     hidden.first = first;
     hidden.last = first + plan.chunk_units < plan.units ? first + plan.chunk_units : plan.units;
     const int64_t blocks = (hidden.last - first + plan.block_units - 1) / plan.block_units;
     const LaunchConfig config{blocks, plan.threads, plan.shared_bytes};
-    Status status = one ? launch(softmax_pool_bwd_kernel<T, GatedScorer, 1>, config, stream, p, plan, c.sums, hidden)
-                        : launch(softmax_pool_bwd_kernel<T, GatedScorer, 4>, config, stream, p, plan, c.sums, hidden);
+    Status status = one ? launch(softmax_pool_bwd_kernel<T, S, 1>, config, stream, p, plan, c.sums, hidden, packed)
+                        : launch(softmax_pool_bwd_kernel<T, S, 4>, config, stream, p, plan, c.sums, hidden, packed);
     if (status.ok() && p.dvalues.data) status = launch_hidden_values<T>(p, plan, hidden, stream);
     if (status.ok() && p.dV) status = launch_hidden_weights<T>(p, plan, hidden, c.dV, stream);
     if (!status.ok()) return status;
@@ -295,20 +311,19 @@ Status launch_backward_cuda(const BackwardParams& p, const Plan& plan, void* str
   if (!fits(plan, device)) return kTooLarge;
   const Carved c = carve(p, plan, p.workspace);
   if (const Status status = fill_bytes(p.workspace, 0, c.sums_bytes, stream); !status.ok()) return status;
-  const Status status = visit_type(p.dtype, [&](auto type) -> Status {
+  const Status status = visit_scorer(p.dtype, p.scorer, plan, [&](auto type, auto scorer) -> Status {
     using T = decltype(type);
-    return visit_scorer(p.scorer, [&](auto scorer) -> Status {
-      using S = decltype(scorer);
-      if constexpr (S::kind == Scorer::gated) {
-        return launch_gated<T>(p, plan, c, stream);
-      } else {
-        const LaunchConfig config{plan.grid, plan.threads, plan.shared_bytes};
-        const Hidden all{0, plan.units};
-        return plan.padded_queries == 1
-                   ? launch(softmax_pool_bwd_kernel<T, S, 1>, config, stream, p, plan, c.sums, all)
-                   : launch(softmax_pool_bwd_kernel<T, S, 4>, config, stream, p, plan, c.sums, all);
-      }
-    });
+    using S = decltype(scorer);
+    if constexpr (S::kind == Scorer::gated) {
+      return launch_gated<T, S>(p, plan, c, stream);
+    } else {
+      const LaunchConfig config{plan.grid, plan.threads, plan.shared_bytes};
+      const Hidden all{0, plan.units};
+      const T* const packed = nullptr;
+      return plan.padded_queries == 1
+                 ? launch(softmax_pool_bwd_kernel<T, S, 1>, config, stream, p, plan, c.sums, all, packed)
+                 : launch(softmax_pool_bwd_kernel<T, S, 4>, config, stream, p, plan, c.sums, all, packed);
+    }
   });
   return status.ok() ? launch_reductions(p, plan, c, stream) : status;
 }

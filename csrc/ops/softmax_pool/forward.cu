@@ -17,9 +17,10 @@ struct Partial {
 // Traffic    items once; queries and weights from L2 once a tile
 // Numerics   float; sums of a tile, then of tiles in order; running maximum
 template <class T, class ScorerT, int Queries>
-ATTNKERN_KERNEL(kMostThreads, 1)
+ATTNKERN_KERNEL(ScorerT::threads, 1)
 softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_GRID_CONSTANT const Plan plan,
-                        const Partial partial) {
+                        const Partial partial, const T* packed) {
+  constexpr bool product = std::is_same_v<ScorerT, GatedProductScorer>;
   const int64_t heads = p.sizes.heads, queries = p.sizes.queries, features = p.sizes.features;
   const int block = block_index() % plan.query_blocks;
   const int64_t head = block_index() / plan.query_blocks % heads, unit = block_index() / plan.query_blocks / heads;
@@ -32,9 +33,10 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
   const Shared<float> largest = arena.take<float>(stride), sum = arena.take<float>(stride),
                       factor = arena.take<float>(stride);
   const int reused = arena.offset;  // after the last tile, groups of threads hand their sums over in what follows
-  const Stages<T> values = take_stages<T>(arena, plan.tile, plan.value_width);
-  const Stages<T> keys = keyed ? take_stages<T>(arena, plan.tile, plan.key_width) : values;
+  const Stages<T> values = take_stages<T>(arena, plan.stages, plan.tile, plan.value_width);
+  const Stages<T> keys = keyed ? take_stages<T>(arena, plan.stages, plan.tile, plan.key_width) : values;
   const Shared<float> e = arena.take<float>(plan.tile * stride);
+  const Shared<float> by_warp = arena.take<float>(product ? warp_count() * plan.tile * stride : 0);
 
   const Span<const T*> value_items = span_of<T>(p.values, items_batch(p, piece.sample), head, features);
   const Span<const T*> key_items =
@@ -64,12 +66,15 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
 
   int stage = 0;
   start_tile(piece.begin, 0);
-  for (int64_t item = piece.begin; item < piece.end; item += plan.tile, stage ^= 1) {
+  for (int64_t item = piece.begin; item < piece.end; item += plan.tile, stage ^= plan.stages - 1) {
     async_wait();
     block_sync();  // this tile is there, and the other stage was read
-    start_tile(item + plan.tile, stage ^ 1);
+    if (plan.stages == 2) start_tile(item + plan.tile, stage ^ 1);
     const View<T> view{p, piece.sample, head, query, own, values[stage], keys[stage], item, count_of(item), e, stride};
-    ScorerT::template score<Queries>(view);
+    if constexpr (product)
+      ScorerT::score(view, packed, by_warp, [](int, int, float, float) {});
+    else
+      ScorerT::template score<Queries>(view);
     block_sync();
     for (int m = warp_id(); m < stride; m += warp_count()) {
       const bool real = m < own;
@@ -111,6 +116,10 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
     }
     block_sync();
     z.add(values[stage], e, stride, [&](int m) { return factor.load(m); });
+    if (plan.stages == 1) {
+      block_sync();  // the only tile was read
+      start_tile(item + plan.tile, 0);
+    }
   }
   async_wait();
   block_sync();  // no thread reads the tiles any more
@@ -175,6 +184,7 @@ softmax_pool_merge_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN
 
 struct Carved {
   Partial partial{};
+  void* packed = nullptr;  // V and U, for the tensor cores
   size_t bytes;
 };
 
@@ -189,6 +199,7 @@ Carved carve(const ForwardParams& p, const Plan& plan, void* base) {
     c.partial.sum = carver.take<float>(rows);
     c.partial.z = carver.take<float>(rows * p.sizes.features);
   }
+  if (plan.product) c.packed = carver.take<uint16_t>(packed_size(p.sizes.hidden, plan.value_width));
   c.bytes = carver.bytes;
   return c;
 }
@@ -202,19 +213,24 @@ Status launch_forward_cuda(const ForwardParams& p, const Plan& plan, void* strea
   cuda::DeviceProperties device;
   if (const Status status = device_properties(device); !status.ok()) return status;
   if (!fits(plan, device)) return kTooLarge;
-  const Partial partial = carve(p, plan, p.workspace).partial;
-  return visit_type(p.dtype, [&](auto type) -> Status {
+  const Carved c = carve(p, plan, p.workspace);
+  const Status status = visit_scorer(p.dtype, p.scorer, plan, [&](auto type, auto scorer) -> Status {
     using T = decltype(type);
-    const Status status = visit_scorer(p.scorer, [&](auto scorer) {
-      using S = decltype(scorer);
-      const LaunchConfig config{plan.grid, plan.threads, plan.shared_bytes};
-      return plan.padded_queries == 1 ? launch(softmax_pool_fwd_kernel<T, S, 1>, config, stream, p, plan, partial)
-                                      : launch(softmax_pool_fwd_kernel<T, S, 4>, config, stream, p, plan, partial);
-    });
-    if (!status.ok() || !merges(p, plan)) return status;
+    using S = decltype(scorer);
+    const LaunchConfig config{plan.grid, plan.threads, plan.shared_bytes};
+    T* const packed = static_cast<T*>(c.packed);
+    if constexpr (std::is_same_v<S, GatedProductScorer>)
+      if (const Status status = launch_pack<T>(p, plan, packed, stream); !status.ok()) return status;
+    return plan.padded_queries == 1
+               ? launch(softmax_pool_fwd_kernel<T, S, 1>, config, stream, p, plan, c.partial, packed)
+               : launch(softmax_pool_fwd_kernel<T, S, 4>, config, stream, p, plan, c.partial, packed);
+  });
+  if (!status.ok() || !merges(p, plan)) return status;
+  return visit_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
     const int64_t rows = p.sizes.batch * p.sizes.heads * p.sizes.queries;
     const int blocks = static_cast<int>((p.sizes.features + kMergeThreads - 1) / kMergeThreads);
-    return launch(softmax_pool_merge_kernel<T>, {rows * blocks, kMergeThreads}, stream, p, plan, partial, blocks);
+    return launch(softmax_pool_merge_kernel<T>, {rows * blocks, kMergeThreads}, stream, p, plan, c.partial, blocks);
   });
 }
 

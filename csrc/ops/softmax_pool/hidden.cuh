@@ -88,7 +88,7 @@ softmax_pool_hidden_weights_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p
   const int units = static_cast<int>(n.hidden - unit0 < kPanel ? n.hidden - unit0 : kPanel);
 
   SharedArena arena;
-  const Stages<T> tiles = take_stages<T>(arena, kProductItems, kProductColumns);
+  const Stages<T> tiles = take_stages<T>(arena, 2, kProductItems, kProductColumns);
   const Shared<float> panel = arena.take<float>(kProductItems * kPanel);
   Accumulator<T, 4> acc;
   acc.start(kPanel, kProductColumns);

@@ -2,7 +2,7 @@
 #pragma once
 
 #include "cuda/launch.cuh"
-#include "ops/softmax_pool/scorers.cuh"
+#include "ops/softmax_pool/product.cuh"
 
 namespace attnkern::softmax_pool {
 
@@ -34,18 +34,31 @@ Status visit_type(DType dtype, const F& f) {
   }
 }
 
+// f(T{}, scorer) with the scorer that the plan chose.
 template <class F>
-Status visit_scorer(Scorer scorer, const F& f) {
-  switch (scorer) {
-    case Scorer::given:
-      return f(GivenScorer{});
-    case Scorer::dot:
-      return f(DotScorer{});
-    case Scorer::additive:
-      return f(AdditiveScorer{});
-    default:
-      return f(GatedScorer{});
-  }
+Status visit_scorer(DType dtype, Scorer scorer, const Plan& plan, const F& f) {
+  return visit_type(dtype, [&](auto type) -> Status {
+    switch (scorer) {
+      case Scorer::given:
+        return f(type, GivenScorer{});
+      case Scorer::dot:
+        return f(type, DotScorer{});
+      case Scorer::additive:
+        return f(type, AdditiveScorer{});
+      default:
+        if constexpr (sizeof(type) == 2)
+          if (plan.product) return f(type, GatedProductScorer{});
+        return f(type, GatedScorer{});
+    }
+  });
+}
+
+template <class T>
+Status launch_pack(const Inputs& p, const Plan& plan, T* packed, void* stream) {
+  const int64_t threads = packed_size(p.sizes.hidden, plan.value_width) / 8;
+  return launch(softmax_pool_pack_kernel<T>, {(threads + kProductThreads - 1) / kProductThreads, kProductThreads},
+                stream, static_cast<const T*>(p.V), static_cast<const T*>(p.U), p.sizes.hidden, p.sizes.features,
+                plan.value_width, packed);
 }
 
 inline bool fits(const Plan& plan, const cuda::DeviceProperties& device) {

@@ -10,6 +10,7 @@ namespace {
 
 // Tuning, apart from the algorithm.
 constexpr int kMostItems = 64;             // of a tile
+constexpr int kProductQueries = 16;        // of the product: each warp has sums of its own for all of them
 constexpr int64_t kLeastPieceTiles = 2;    // a piece pays for its start and its merge
 constexpr int64_t kChunkBytes = 24 << 20;  // of the gated scorer's hidden gradients: they stay in L2
 
@@ -24,12 +25,15 @@ int64_t array_bytes(int64_t floats) { return round_up(4 * floats, 16); }
 
 // Of a block; its groups of threads hand sums over in the memory of its tiles.
 int64_t shared_bytes(const Problem& p, const Plan& plan, int64_t tile) {
-  const int64_t items = 2 * tile * (row_bytes(p, plan.value_width) + (p.keyed ? row_bytes(p, plan.key_width) : 0));
+  const int64_t items =
+      plan.stages * tile * (row_bytes(p, plan.value_width) + (p.keyed ? row_bytes(p, plan.key_width) : 0));
+  const int64_t by_warp = plan.product ? array_bytes(plan.threads / 32 * tile * plan.padded_queries) : 0;
   const int64_t rows = plan.padded_queries, handed = array_bytes(int64_t{plan.threads} * 4 * pack_of(p));
   if (p.direction == Direction::forward)
-    return 3 * array_bytes(rows) + std::max(items + array_bytes(tile * rows), handed);
+    return 3 * array_bytes(rows) + std::max(items + array_bytes(tile * rows) + by_warp, handed);
   const bool layered = p.scorer == Scorer::additive || p.scorer == Scorer::gated;
-  return std::max(items + 2 * array_bytes(tile * rows) + (layered ? array_bytes(tile * p.sizes.hidden) : 0), handed);
+  return std::max(items + 2 * array_bytes(tile * rows) + (layered ? array_bytes(tile * p.sizes.hidden) : 0) + by_warp,
+                  handed);
 }
 
 // Queries whose sums over `width` features a block's registers hold (Accumulator in sums.cuh).
@@ -61,6 +65,39 @@ int64_t choose_pieces(const Problem& p, const Plan& plan, const cuda::DeviceProp
   return best;
 }
 
+// Tiles as long as fit. Two blocks an SM where four items do, so that one's loads hide the other's barriers. The
+// product reads V and U from L2 once a tile: its tiles are long before they are two.
+void choose_tile(const Problem& p, Plan& plan, const cuda::DeviceProperties& device) {
+  const int64_t whole = device.shared_bytes_per_block;
+  plan.stages = 2;
+  if (plan.product) {
+    plan.blocks_per_sm = 1;
+    for (plan.tile = kMostItems; plan.tile > 16 && plan.tile / 2 >= p.sizes.items;) plan.tile /= 2;
+    for (; plan.tile > 16; plan.tile /= 2)
+      for (plan.stages = 2; plan.stages > 0; --plan.stages)
+        if (shared_bytes(p, plan, plan.tile) <= whole) return;
+    plan.stages = 2;
+    if (shared_bytes(p, plan, plan.tile) > whole) plan.stages = 1;
+    return;
+  }
+  const int64_t half = std::min<int64_t>(whole, device.shared_bytes_per_sm / 2 - 1024);
+  const int64_t limit = shared_bytes(p, plan, 4) <= half ? half : whole;
+  plan.blocks_per_sm = limit == half && plan.threads < kMostThreads ? 2 : 1;
+  plan.tile = 4;
+  while (plan.tile < kMostItems && shared_bytes(p, plan, 2 * plan.tile) <= limit && plan.tile < p.sizes.items)
+    plan.tile *= 2;
+}
+
+// The gated scorer on the tensor cores, where a tile of 16 items fits.
+bool takes_product(const Problem& p, Plan plan, const cuda::DeviceProperties& device) {
+  if (p.scorer != Scorer::gated || p.dtype_bytes != 2 || plan.padded_queries > kProductQueries) return false;
+  if (plan.threads != kProductThreads) return false;
+  plan.product = true;
+  plan.stages = 1;
+  plan.value_width = static_cast<int>(round_up(p.sizes.features, 32));
+  return shared_bytes(p, plan, 16) <= device.shared_bytes_per_block;
+}
+
 }  // namespace
 
 Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const Force& force) {
@@ -83,12 +120,9 @@ Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const For
     plan.block_queries = static_cast<int>(round_up(ceil_div(n.queries, plan.query_blocks), 4));
   plan.padded_queries = plan.block_queries;
 
-  // Two blocks an SM where four items fit, so that one's loads hide the other's barriers; tiles as long as fit then.
-  const int64_t half = std::min<int64_t>(device.shared_bytes_per_block, device.shared_bytes_per_sm / 2 - 1024);
-  const int64_t limit = shared_bytes(p, plan, 4) <= half ? half : device.shared_bytes_per_block;
-  plan.blocks_per_sm = limit == half && plan.threads < kMostThreads ? 2 : 1;
-  plan.tile = 4;
-  while (plan.tile < kMostItems && shared_bytes(p, plan, 2 * plan.tile) <= limit && plan.tile < n.items) plan.tile *= 2;
+  plan.product = takes_product(p, plan, device);
+  if (plan.product) plan.value_width = plan.key_width = static_cast<int>(round_up(n.features, 32));
+  choose_tile(p, plan, device);
   if (force.tile) plan.tile = force.tile;
   plan.shared_bytes = static_cast<int>(std::min<int64_t>(shared_bytes(p, plan, plan.tile), INT32_MAX));
 
@@ -152,6 +186,8 @@ PlanAnswer answer(const PlanQuery& query, Direction direction) {
   const Plan plan = make_plan(p, device, {get("force_pieces", 0), static_cast<int>(get("force_tile", 0))});
   return {
       {"threads", std::to_string(plan.threads)},
+      {"product", std::to_string(plan.product)},
+      {"stages", std::to_string(plan.stages)},
       {"tile", std::to_string(plan.tile)},
       {"value_width", std::to_string(plan.value_width)},
       {"key_width", std::to_string(plan.key_width)},

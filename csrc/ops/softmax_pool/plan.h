@@ -31,7 +31,9 @@ constexpr int kProductColumns = 128;  // features of theirs
 // takes a piece, a head and a block of queries, and streams the piece through shared memory in tiles.
 struct Plan {
   int threads;
-  int tile;         // items in shared memory, in each of two stages
+  bool product;     // the gated scorer's, on the tensor cores
+  int stages;       // tiles in shared memory
+  int tile;         // items of one
   int value_width;  // features of a tile's values and keys, with padding
   int key_width;
   int block_queries;   // queries of a block, whose weighted sums its registers hold

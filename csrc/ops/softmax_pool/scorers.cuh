@@ -37,6 +37,7 @@ struct View {
 
 struct GivenScorer {
   static constexpr Scorer kind = Scorer::given;
+  static constexpr int threads = kMostThreads;  // of a block, at most
   template <int Rows, class T>
   ATTNKERN_DEVICE static void score(const View<T>& v) {
     const int64_t batch = items_batch(v.p, v.sample);
@@ -50,6 +51,7 @@ struct GivenScorer {
 
 struct DotScorer {
   static constexpr Scorer kind = Scorer::dot;
+  static constexpr int threads = kMostThreads;
   template <int Rows, class T>
   ATTNKERN_DEVICE static void score(const View<T>& v) {
     sum_features<Rows>(v.keys, v.template query_matrix<pack_size<T>()>(),
@@ -59,6 +61,7 @@ struct DotScorer {
 
 struct AdditiveScorer {
   static constexpr Scorer kind = Scorer::additive;
+  static constexpr int threads = kMostThreads;
   template <int Rows, class T>
   ATTNKERN_DEVICE static void score(const View<T>& v) {
     const auto* w = static_cast<const float*>(v.p.w);
@@ -82,6 +85,7 @@ struct AdditiveScorer {
 
 struct GatedScorer {
   static constexpr Scorer kind = Scorer::gated;
+  static constexpr int threads = kMostThreads;
   template <int Rows, class T>
   ATTNKERN_DEVICE static void score(const View<T>& v) {
     score<T>(v, [](int, int, float, float) {});

@@ -36,20 +36,21 @@ ATTNKERN_DEVICE Tile<T> take_tile(SharedArena& arena, int items, int width) {
   return {arena.take<T>(items * tile_stride<T>(width)), items, width, tile_stride<T>(width)};
 }
 
-// Two tiles: one is worked on while the other is on its way.
+// One tile, or two: one is worked on while the other is on its way.
 template <class T>
 struct Stages {
-  Tile<T> both;
+  Tile<T> all;
+  int items;
 
   ATTNKERN_DEVICE Tile<T> operator[](int stage) const {
-    const int items = both.items / 2, size = items * both.stride;
-    return {both.data.slice(stage * size, size), items, both.width, both.stride};
+    const int size = items * all.stride;
+    return {all.data.slice(stage * size, size), items, all.width, all.stride};
   }
 };
 
 template <class T>
-ATTNKERN_DEVICE Stages<T> take_stages(SharedArena& arena, int items, int width) {
-  return {take_tile<T>(arena, 2 * items, width)};
+ATTNKERN_DEVICE Stages<T> take_stages(SharedArena& arena, int stages, int items, int width) {
+  return {take_tile<T>(arena, stages * items, width), items};
 }
 
 // Items of one head of one sample.
