@@ -58,30 +58,46 @@ def interleave(
     return {name: Stats.of(v) for name, v in values.items()}
 
 
-def sampler(call: Call, sets: int, device: torch.device, mode: str = "cold") -> Callable[[], float]:
+class Rotation:
+    """The input sets of a row, which its competitors take in turn.
+
+    One position for all: were each to walk the sets from its own, the second would find in cache what
+    the first read from memory.
+    """
+
+    def __init__(self, sets: int):
+        self.sets, self.position = sets, 0
+
+    def take(self, count: int) -> list[int]:
+        """The next ``count`` sets."""
+        taken = [(self.position + i) % self.sets for i in range(count)]
+        self.position = (self.position + count) % self.sets
+        return taken
+
+
+def sampler(
+    call: Call, rotation: Rotation, device: torch.device, mode: str = "cold"
+) -> Callable[[], float]:
     """A function that times ``call`` over rotating input sets and returns seconds per call.
 
     On a CPU it is the host clock; on a GPU the replay of a CUDA graph that holds one call per set
     (``mode="launched"``: plain launches between two events, launch gaps included).
     """
-    for i in range(min(sets, 3)):  # caches, lazy initialisation, autotuning
+    for i in rotation.take(min(rotation.sets, 3)):  # caches, lazy initialisation, autotuning
         call(i)
     if device.type == "cuda":
-        graph = None if mode == "launched" else _capture(call, sets)
-        return _events(call, sets, graph)
+        graph = None if mode == "launched" else _capture(call, rotation.sets)
+        return _events(call, rotation.sets, graph)
     start = time.perf_counter()
     call(0)
     repeats = max(1, round(SAMPLE_SECONDS / (time.perf_counter() - start)))
-    position = 0
 
     def sample() -> float:
-        nonlocal position
+        sets = rotation.take(repeats)
         start = time.perf_counter()
-        for i in range(position, position + repeats):
-            call(i % sets)
-        elapsed = time.perf_counter() - start
-        position = (position + repeats) % sets
-        return elapsed / repeats
+        for i in sets:
+            call(i)
+        return (time.perf_counter() - start) / repeats
 
     return sample
 

@@ -320,7 +320,10 @@ def _time(
     """Every model in the memory layout where eager is faster, interleaved."""
     settings.say(f"{network.label}, {row['pass']}: choose the layout")
     tried = {n: _in_layout(models["eager"], x, which, form) for n, form in LAYOUTS.items()}
-    samplers = {n: clock.sampler(c, 1, settings.device, "launched") for n, c in tried.items()}
+    samplers = {
+        n: clock.sampler(c, clock.Rotation(1), settings.device, "launched")
+        for n, c in tried.items()
+    }
     times = clock.interleave(samplers, 0.0, least=2)
     row["layout"] = min(times, key=lambda n: times[n].fastest)
     form = LAYOUTS[row["layout"]]
@@ -344,7 +347,10 @@ def _time(
     row["peak_bytes"] = {
         n: peak_bytes(c, settings.device) for n, c in calls.items() if n != "without SE"
     }
-    samplers = {n: clock.sampler(c, 1, settings.device, "launched") for n, c in calls.items()}
+    samplers = {
+        n: clock.sampler(c, clock.Rotation(1), settings.device, "launched")
+        for n, c in calls.items()
+    }
     for name, stats in clock.interleave(samplers, 2 * settings.seconds, least=3).items():
         row["times"][name] = {"cold": stats.dict()}
 

@@ -77,7 +77,9 @@ def compare(settings: Settings, calls: Mapping[str, Callable[[], Any]]) -> dict[
     device = torch.device("cpu")
     bound = {name: functools.partial(_ignoring, call) for name, call in calls.items()}
     peaks = {name: peak_bytes(call, device) for name, call in bound.items()}
-    samplers = {name: clock.sampler(call, 1, device) for name, call in bound.items()}
+    samplers = {
+        name: clock.sampler(call, clock.Rotation(1), device) for name, call in bound.items()
+    }
     times = clock.interleave(samplers, settings.seconds, least=3)
     return {name: Cost(times[name].median, peaks[name]) for name in calls}
 

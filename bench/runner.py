@@ -193,9 +193,8 @@ class _Measurement:
         """Seconds of every formulation; nothing to measure where there is one."""
         if len(calls) == 1:
             return dict.fromkeys(calls, 0.0)
-        samplers = {
-            n: clock.sampler(call, len(self.sets), self.device) for n, call in calls.items()
-        }
+        rotation = clock.Rotation(len(self.sets))
+        samplers = {n: clock.sampler(call, rotation, self.device) for n, call in calls.items()}
         times = clock.interleave(samplers, 0.2, least=3)
         return {name: stats.median for name, stats in times.items()}
 
@@ -252,13 +251,14 @@ class _Measurement:
             modes["launched"] = ["eager", *self.ours]
         for mode, names in modes.items():
             sets = len(self.sets) if mode != "hot" else 1
-            samplers = {n: self._sampler(row, n, calls[n], sets, mode) for n in names}
+            rotation = clock.Rotation(sets)
+            samplers = {n: self._sampler(row, n, calls[n], rotation, mode) for n in names}
             share = self.settings.seconds * (1 if mode == "cold" else 0.5)
             for name, stats in clock.interleave(samplers, share).items():
                 row["times"].setdefault(name, {})[mode] = stats.dict()
 
     def _sampler(
-        self, row: dict[str, Any], name: str, call: clock.Call, sets: int, mode: str
+        self, row: dict[str, Any], name: str, call: clock.Call, sets: clock.Rotation, mode: str
     ) -> Callable[[], float]:
         try:
             return clock.sampler(call, sets, self.device, mode)

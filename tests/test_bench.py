@@ -256,10 +256,21 @@ def test_competitors_are_interleaved():
 
 def test_samples_rotate_through_every_input_set():
     seen = []
-    sample = clock.sampler(seen.append, 7, CPU)
+    sample = clock.sampler(seen.append, clock.Rotation(7), CPU)
     while len(seen) < 200:
         sample()
     assert set(seen) == set(range(7))
+
+
+def test_competitors_take_the_input_sets_in_turn():
+    """None finds in cache what another has just read: together they walk the sets as one does."""
+    seen, rotation = [], clock.Rotation(7)
+    samplers = [clock.sampler(seen.append, rotation, CPU) for _ in range(2)]
+    del seen[:]
+    start = rotation.position
+    clock.interleave(dict(enumerate(samplers)), seconds=0.0, least=2, most=2)
+    walked = [(start + i) % 7 for i in range(len(seen))]
+    assert seen == walked
 
 
 def fabricated(ours: float, copy: float, megabytes: float = 1000.0) -> dict:
