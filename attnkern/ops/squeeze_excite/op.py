@@ -318,7 +318,7 @@ def squeeze(x: Tensor, *, impl: str = "auto") -> Tensor:
     torch.Size([2, 8])
     """
     check_map("squeeze", x)
-    impl = _select.select("squeeze", impl, x.device, x.dtype)
+    impl = _select.select("squeeze", impl, x.device, x.dtype, "squeeze_fwd")
     if impl == "reference":
         return reference.squeeze(x)
     x = _layout.as_readable(x)
@@ -406,4 +406,4 @@ def _admit(
 def _check(op: str, impl: str, options: Options, tensors: tuple[Any, ...]) -> tuple[str, Options]:
     check_call(op, options, tensors)
     x = tensors[0]
-    return _select.select(op, impl, x.device, x.dtype), options
+    return _select.select(op, impl, x.device, x.dtype, "squeeze_excite_fwd"), options
