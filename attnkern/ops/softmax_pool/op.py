@@ -91,7 +91,7 @@ class _Pool(torch.autograd.Function):
     def forward(ctx: Any, impl: str, options: Options, return_scores: bool, *tensors: Any) -> Any:
         i = Inputs(*tensors)
         z, lse, scores = softmax_pool_fwd[impl](*_typed(i), *options, return_scores)
-        ctx.impl, ctx.options = impl, options
+        ctx.impl, ctx.options, ctx.return_scores = impl, options, return_scores
         ctx.save_for_backward(*i, z, lse)
         ctx.set_materialize_grads(False)
         return z, lse, scores
@@ -102,6 +102,8 @@ class _Pool(torch.autograd.Function):
     ) -> tuple[Any, ...]:
         *tensors, z, lse = ctx.saved_tensors
         i, options, needs = Inputs(*tensors), ctx.options, Inputs(*ctx.needs_input_grad[3:])
+        if not ctx.return_scores:
+            dscores = None  # which torch.compile gives all the same, empty
         dz = torch.zeros_like(z) if dz is None else dz.contiguous()
         product = (dz.to(lse.dtype) * z.to(lse.dtype)).sum(3)  # [B, H, M]
         delta = product if dlse is None else product - dlse
