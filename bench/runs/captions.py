@@ -263,10 +263,9 @@ def picture(c: Canvases, weights: list[Tensor], path: Path) -> Path:
     for line, b in zip(axes, range(4), strict=True):
         for step, axis in enumerate(line):
             p = weights[step][b].view(1, 1, CELLS, CELLS)
-            axis.imshow(c.pixels[b, 0], cmap="gray_r")
-            axis.imshow(
-                F.interpolate(p, scale_factor=CELL, mode="bilinear")[0, 0], cmap="Reds", alpha=0.55
-            )
+            axis.imshow(c.pixels[b, 0].numpy(), cmap="gray_r")
+            over = F.interpolate(p, scale_factor=CELL, mode="bilinear")[0, 0]
+            axis.imshow(over.numpy(), cmap="Reds", alpha=0.55)
             word = int(c.words[b, step])
             axis.set_title("end" if word == END else str(word), fontsize=9)
             axis.set(xticks=[], yticks=[])

@@ -226,7 +226,7 @@ def picture(
             f"{size} items, {nines} of them 9s; by attention:", loc="left", fontsize=9
         )
         for axis, image, good, weight in zip(line, pixels, wanted, weights, strict=False):
-            axis.imshow(image, cmap="gray_r")
+            axis.imshow(image.numpy(), cmap="gray_r")
             axis.set_xlabel(f"{float(weight):.3f}", fontsize=8)
             for spine in axis.spines.values():
                 spine.set(color="tab:green" if good else "tab:red", linewidth=2)

@@ -90,10 +90,10 @@ def describe(image: Tensor, stride: int, seed: int) -> Tensor:
     return torch.cat(found, 2)
 
 
-def slide(name: str, seed: int, quick: bool) -> Slide:
+def slide(name: str, seed: int) -> Slide:
     image = photograph({"histology": "ihc.png", "retina": "retina.jpg"}[name])
     sought, map_of = ("stain", brown) if name == "histology" else ("vessels", dark_lines)
-    stride = (16 if quick else 8) if name == "histology" else (32 if quick else 16)
+    stride = 8 if name == "histology" else 16
     features = describe(image, stride, seed)
     tissue = features[..., :3].mean(2) > (0.0 if name == "histology" else 0.1)
     stain = patches(map_of(image)[None], stride)[..., 0]
@@ -233,7 +233,7 @@ def run(settings: Settings) -> Outcome:
         settings.say(f"slide: {name}")
         torch.manual_seed(settings.seed)
         generator = torch.Generator().manual_seed(settings.seed)
-        s = slide(name, settings.seed, settings.quick)
+        s = slide(name, settings.seed)
         middle = s.stain.shape[1] // 2
         left, right = slice(None, middle), slice(middle, None)
         head = Head(s.features.shape[2], settings.impl)
@@ -286,13 +286,13 @@ def picture(s: Slide, raw: Tensor, path: Path) -> Path:
 
     rank = torch.full_like(raw, float("nan"))
     rank[s.tissue] = raw[s.tissue].argsort().argsort().float() / int(s.tissue.sum())
-    image = s.image.permute(1, 2, 0)
+    image = s.image.permute(1, 2, 0).numpy()
     figure, axes = plt.subplots(1, 3, figsize=(12, 4.2))
     extent = (0, image.shape[1], image.shape[0], 0)
     axes[0].imshow(image)
-    axes[1].imshow(s.stain, extent=extent, cmap="viridis")
+    axes[1].imshow(s.stain.numpy(), extent=extent, cmap="viridis")
     axes[2].imshow(image)
-    axes[2].imshow(rank, extent=extent, cmap="jet", alpha=0.5)
+    axes[2].imshow(rank.numpy(), extent=extent, cmap="jet", alpha=0.5)
     titles = (s.name, f"{s.sought}: never shown", "attention by rank; the right half was held out")
     for axis, title in zip(axes, titles, strict=True):
         axis.set_title(title, fontsize=10)
