@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+import pkgutil
 import re
+from importlib import import_module
 
 import pytest
 
@@ -106,16 +108,21 @@ def test_programs_that_pass_values_in_memory_wait_for_them(kernel, barriers):
 
 
 def test_declarations_cover_every_kernel_that_launchers_use():
-    from attnkern._triton import linear
-    from attnkern.ops.squeeze_excite import triton as launchers
-    from attnkern.ops.squeeze_excite import triton_backward, triton_forward
+    from attnkern import _triton, ops
 
-    used = {
-        value.__name__
-        for module in (launchers, triton_forward, triton_backward, linear)
-        for value in vars(module).values()
-        if isinstance(value, triton.JITFunction) and value.__name__.endswith("_kernel")
-    }
+    used = set()
+    for package in (
+        _triton,
+        *(import_module(f"{ops.__name__}.{op}") for op, _ in aot.declarations()),
+    ):
+        for found in pkgutil.iter_modules(package.__path__):
+            if package is _triton or found.name.startswith("triton"):
+                module = import_module(f"{package.__name__}.{found.name}")
+                used |= {
+                    value.__name__
+                    for value in vars(module).values()
+                    if isinstance(value, triton.JITFunction) and value.__name__.endswith("_kernel")
+                }
     assert used == {parameter.values[0].name for parameter in LAUNCHES}
 
 

@@ -1,7 +1,7 @@
 """The Triton kernels executed on the CPU by Triton's interpreter.
 
-Triton reads TRITON_INTERPRET when a kernel is defined, so the tests of ``triton_interpreted.py``
-run in a process of their own.
+Triton reads TRITON_INTERPRET when a kernel is defined, so the tests of ``triton_interpreted*.py``
+run in processes of their own.
 """
 
 from __future__ import annotations
@@ -17,8 +17,11 @@ import pytest
 triton = pytest.importorskip("triton", reason="Triton is not installed")
 
 
-def test_in_the_interpreter():
-    inner = Path(__file__).with_name("triton_interpreted.py")
+INNER = sorted(Path(__file__).parent.glob("triton_interpreted*.py"))
+
+
+@pytest.mark.parametrize("inner", INNER, ids=lambda path: path.stem)
+def test_in_the_interpreter(inner):
     command = [
         sys.executable,
         "-m",

@@ -1,7 +1,7 @@
 """Run by test_triton_interpret.py in a process with TRITON_INTERPRET=1.
 
-The interpreter is wrong for some products of bfloat16 matrices; these kernels multiply matrices of
-float32 alone, so no dtype is left out.
+The interpreter is wrong for some products of bfloat16 matrices; there the kernels multiply matrices
+of float32 alone, so no dtype is left out.  triton_interpreted_pools.py has what only pools have.
 """
 
 from __future__ import annotations
@@ -45,7 +45,9 @@ def strategy(request, monkeypatch):
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("call", CALLS, ids=str)
+@pytest.mark.parametrize(
+    "call", [call for call in CALLS if call.spec.operator.startswith("squeeze")], ids=str
+)
 def test_every_case_within_the_budget(call, kind, monkeypatch):
     launch_by("tiles", monkeypatch)
     dtype, weights, last = KINDS[kind]

@@ -14,7 +14,7 @@ import torch
 import triton
 from torch import Tensor
 
-from attnkern._triton import LAUNCH
+from attnkern._triton import LAUNCH, tune
 from attnkern._triton.linear import sum_rows
 from attnkern.ops.softmax_pool import triton_plan as plan
 from attnkern.ops.softmax_pool.reference import Inputs, Options
@@ -84,7 +84,7 @@ def softmax_pool_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     z = i.values.new_empty(*rows, shape.features)
     lse = z.new_empty(rows, dtype=torch.float32)
     block = plan.blocks(i, shape)
-    splits = plan.splits(shape, block)
+    splits = plan.splits(i, shape, block, shape.batch * shape.heads)
     partial = largest = total = None
     if splits > 1:
         partial = lse.new_empty(splits, *z.shape)
@@ -189,7 +189,7 @@ def _weights_grad(
     if (dquery is not None or dw is not None) and i.query is not None and i.query.shape[0] == 1:
         samples = plan.samples(shape, block)
     groups = triton.cdiv(shape.batch, samples)
-    splits = plan.splits(shape, block, groups * shape.heads)
+    splits = plan.splits(i, shape, block, groups * shape.heads)
     programs = _programs(shape, block, groups * shape.heads * splits)
     parts = dw_parts = None
     if dquery is not None or dw is not None:
@@ -234,35 +234,43 @@ def _items_grad(
     weights = de if p is None else p
     assert weights is not None
     features = x.shape[3]
-    block = plan.spread(x, shape, o.scorer == "gated")
     rows = shape.batch * shape.heads
-    splits = plan.item_splits(shape, block)
-    items_kernel[rows * splits, triton.cdiv(features, block["BLOCK_F"])](
+    arguments = {
         **plan.strided("x", x),
         **plan.strided("dx", dx),
         **{name: gated.get(name) for name in ("da", "db", "V", "U")},
-        p=p,
-        dz=dz,
-        de=de,
-        query=i.query,
-        w=i.w,
-        offsets=i.offsets,
-        heads=shape.heads,
-        items=shape.items,
-        queries=shape.queries,
-        features=features,
-        units=shape.units,
-        splits=splits,
-        skipped=skipped,
-        weights_batch=_stride(weights, 0),
-        weights_head=_stride(weights, 1),
-        weights_query=_stride(weights, 2),
-        query_batch=_stride(i.query, 0),
-        SCORER=o.scorer,
-        ACT=o.act,
-        EXACT=x.dtype == torch.float32,
-        **{**LAUNCH, **block},
-    )
+        "p": p,
+        "dz": dz,
+        "de": de,
+        "query": i.query,
+        "w": i.w,
+        "offsets": i.offsets,
+        "heads": shape.heads,
+        "items": shape.items,
+        "queries": shape.queries,
+        "features": features,
+        "units": shape.units,
+        "skipped": skipped,
+        "weights_batch": _stride(weights, 0),
+        "weights_head": _stride(weights, 1),
+        "weights_query": _stride(weights, 2),
+        "query_batch": _stride(i.query, 0),
+        "SCORER": o.scorer,
+        "ACT": o.act,
+        "EXACT": x.dtype == torch.float32,
+    }
+
+    def launch(block: dict[str, int]) -> None:
+        splits = plan.item_splits(shape, block)
+        grid = rows * splits, triton.cdiv(features, block["BLOCK_F"])
+        items_kernel[grid](**arguments, splits=splits, **{**LAUNCH, **block})
+
+    candidates = plan.spread(x, shape, o.scorer)
+    block = candidates[0]
+    if tune.enabled and len(candidates) > 1:
+        kind = shape._replace(batch=shape.batch.bit_length()), features, x.dtype, p is None
+        block = tune.choose(("items_kernel", o.scorer, *kind), candidates, launch)
+    launch(block)
 
 
 def _gated_grad(

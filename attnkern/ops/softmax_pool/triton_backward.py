@@ -6,7 +6,7 @@ import triton
 import triton.language as tl
 
 from attnkern._triton.activation import activation, activation_grad
-from attnkern._triton.product import product
+from attnkern._triton.product import product, sum_rows_of_tile
 from attnkern.ops.softmax_pool.triton_items import (
     add_spread,
     add_weighted,
@@ -84,9 +84,9 @@ def query_grad(
                     acc_q += activation_grad(g * weight, s, 0.0, ACT)
                     if dw is not None:
                         acc_w += g * activation(s, 0.0, ACT)
-                accumulate(dquery + one * units + k, tl.sum(acc_q, axis=0), in_k, repeated)
+                accumulate(dquery + one * units + k, sum_rows_of_tile(acc_q), in_k, repeated)
             if dw is not None:
-                accumulate(dw + k, tl.sum(acc_w, axis=0), in_k, repeated)
+                accumulate(dw + k, sum_rows_of_tile(acc_w), in_k, repeated)
 
 
 @triton.jit(do_not_specialize=["batch", "heads", "queries", "splits", "samples"])

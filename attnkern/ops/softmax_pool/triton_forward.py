@@ -5,6 +5,7 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
+from attnkern._triton.product import sum_rows_of_tile
 from attnkern.ops.softmax_pool.triton_items import (
     add_weighted,
     load_items,
@@ -195,7 +196,7 @@ def merge_kernel(
         )
         acc += share[:, None] * tile
     total = tl.sum(sums, axis=0)
-    out = tl.where(total == 0, 0.0, tl.sum(acc, axis=0) / _divisor(total))
+    out = tl.where(total == 0, 0.0, sum_rows_of_tile(acc) / _divisor(total))
     tl.store(z + row * features + d, out.to(z.dtype.element_ty), mask=d < features)
     if tl.program_id(1) == 0:
         tl.store(lse + row, log_sum(total, top))

@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from attnkern._triton.activation import activation
-from attnkern._triton.product import product
+from attnkern._triton.product import product, sum_rows_of_tile
 
 
 @triton.jit
@@ -89,7 +89,7 @@ def add_weighted(p, tile, acc, EXACT: tl.constexpr):
 @triton.jit
 def over_items(acc, BLOCK_M: tl.constexpr):
     """[BLOCK_M, F] of what `add_weighted` summed."""
-    return tl.sum(acc, axis=0)[None, :] if BLOCK_M == 1 else acc
+    return sum_rows_of_tile(acc)[None, :] if BLOCK_M == 1 else acc
 
 
 @triton.jit
