@@ -41,7 +41,7 @@ def _layers(sequence: Any, count: int) -> list[nn.Module] | str:
 
 
 def _read_plain(m: Any) -> Any:
-    layers = _layers(m.module, 3)
+    layers = _layers(m._modules["module"], 3)  # an attribute is a proxy in torch.export
     if isinstance(layers, str):
         return layers
     V, act, w = layers
@@ -49,10 +49,11 @@ def _read_plain(m: Any) -> Any:
 
 
 def _read_gated(m: Any) -> Any:
-    a, b = _layers(m.attention_a, 2), _layers(m.attention_b, 2)
+    c = m._modules
+    a, b = _layers(c["attention_a"], 2), _layers(c["attention_b"], 2)
     if isinstance(a, str) or isinstance(b, str):
         return a if isinstance(a, str) else b
-    return _softmax_pool.read_gated(a[0], a[1], m.attention_c, b[0], b[1], _note(m))
+    return _softmax_pool.read_gated(a[0], a[1], c["attention_c"], b[0], b[1], _note(m))
 
 
 def _note(m: nn.Module) -> str:

@@ -13,7 +13,7 @@ from attnkern.integrations._children import altered
 def _read(m: Any) -> Any:
     if m.mil_mode not in ("att", "att_trans"):
         return f"mil_mode={m.mil_mode!r}: only att and att_trans pool what the head is given"
-    layers = m.attention
+    layers = m._modules["attention"]
     if type(layers) is not nn.Sequential or len(layers) != 3:
         return f"its attention is {layers}"
     if reason := altered(layers):
