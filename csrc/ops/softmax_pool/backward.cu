@@ -28,7 +28,7 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
                         const Sums sums, const Hidden hidden, const T* packed) {
   constexpr bool product = std::is_same_v<ScorerT, GatedProductScorer>;
   constexpr bool gated = ScorerT::kind == Scorer::gated, dot = ScorerT::kind == Scorer::dot;
-  constexpr bool additive = ScorerT::kind == Scorer::additive;
+  constexpr bool additive = ScorerT::kind == Scorer::additive, held = std::is_same_v<ScorerT, DotScorer>;
   constexpr int pack = pack_size<T>();
   const Sizes& n = p.sizes;
   const int64_t block = block_index() / n.heads, head = block_index() % n.heads;
@@ -45,14 +45,13 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
 
   const int groups = additive || gated ? HiddenThreads::groups_of(n.hidden, block_size()) : 1;
   const bool shared_query = p.query.stride_batch == 0;
-  Gradient<T> g{p, weights, grads, units, nullptr, nullptr, nullptr, nullptr, nullptr};
+  Gradient<T> g{p, weights, grads, units, nullptr, nullptr, nullptr, nullptr, nullptr, nullptr};
   if (sums.dw) g.dw = sums.dw + (block * n.heads + head) * groups * (gated ? n.queries : 1) * n.hidden;
   if (sums.db_V) g.db_V = sums.db_V + block * groups * n.hidden;
   if (sums.db_U) g.db_U = sums.db_U + block * groups * n.hidden;
 
   Accumulator<T, Rows> dq;
-  const int most = Accumulator<T, Rows>::capacity(plan.key_width), held = most < stride ? most : stride;
-  if (dot) dq.start(held, plan.key_width);
+  if constexpr (held) dq.start(stride, plan.key_width);
 
   const int64_t begin = hidden.first + block * plan.block_units, rest = hidden.last - begin;
   const int64_t end = begin + (rest < plan.block_units ? rest : plan.block_units);
@@ -86,12 +85,13 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
       const Tile<T> x = value_tiles[stage], keys = key_tiles[stage];
       const View<T> view{p, piece.sample, head, 0, queries, x, keys, item, count_of(item), weights, stride};
       if constexpr (gated) {
-        const int64_t at = (unit - hidden.first) * plan.length + item - piece.begin;
-        g.hidden = hidden.layer + at * 2 * n.hidden;
+        float* const layer = hidden.layer + block * plan.tile * 2 * n.hidden;
+        g.layer = layer;
+        g.gradients = static_cast<T*>(hidden.gradients) +
+                      ((unit - hidden.first) * plan.length + item - piece.begin) * 2 * n.hidden;
         const auto keep = [&](int t, int k, float a, float b) {
-          if (t >= view.count) return;
-          store_global(g.hidden + int64_t{t} * 2 * n.hidden + k, a);
-          if (p.U) store_global(g.hidden + (int64_t{t} * 2 + 1) * n.hidden + k, b);
+          store_global(layer + int64_t{t} * 2 * n.hidden + k, a);
+          if (p.U) store_global(layer + (int64_t{t} * 2 + 1) * n.hidden + k, b);
         };
         if constexpr (product)
           ScorerT::score(view, packed, by_warp, keep);
@@ -128,12 +128,12 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
 
       if constexpr (dot) {
         const auto plainly = [](int) { return 1.0f; };
-        if (!p.dquery) {
-        } else if (held == stride) {
-          dq.add(keys, grads, stride, plainly);
-        } else {  // the registers hold some queries at a time; the sums wait in global memory
-          for (int first = 0; first < stride; first += held) {
-            dq.start(stride - first < held ? stride - first : held, plan.key_width, false);
+        if constexpr (held) {
+          if (p.dquery) dq.add(keys, grads, stride, plainly);
+        } else {
+          const int most = Accumulator<T, Rows>::capacity(plan.key_width);
+          for (int first = 0; first < stride && p.dquery; first += most) {
+            dq.start(stride - first < most ? stride - first : most, plan.key_width, false);
             each_held(dq, n, first, [&](int64_t i, float& value) { value = load_global(g.dquery + i); });
             dq.add(keys, grads.slice(first, grads.count - first), stride, plainly);
             each_held(dq, n, first, [&](int64_t i, float& value) { store_global(g.dquery + i, value); });
@@ -145,7 +145,8 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
         add_gated(g, view, units);
         for (int i = thread_index(); i < view.count * queries && hidden.weights; i += block_size()) {
           const int64_t to = (unit - hidden.first) * plan.length + item - piece.begin;
-          store_global(hidden.weights + to * queries + i, weights.load(i / queries * stride + i % queries));
+          store_global(static_cast<T*>(hidden.weights) + to * queries + i,
+                       narrow<T>(weights.load(i / queries * stride + i % queries)));
         }
       }
       if (plan.stages == 1) {
@@ -187,8 +188,8 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
     }
     async_wait();
 
-    if constexpr (dot)
-      if (p.dquery && held == stride && (!shared_query || unit + 1 == end)) {
+    if constexpr (held)
+      if (p.dquery && (!shared_query || unit + 1 == end)) {
         block_sync();  // the tiles' memory carries the groups' sums
         dq.merge_groups(Shared<float>::at(0, dq.groups > 1 ? dq.slots * Rows * pack : 0));
         each_held(dq, n, 0, [&](int64_t i, float& value) { store_global(g.dquery + i, value); });
@@ -233,8 +234,10 @@ Carved carve(const BackwardParams& p, const Plan& plan, void* base) {
   if (p.scorer == Scorer::gated) {
     const int64_t rows = plan.chunk_units * plan.length;
     if (plan.product) c.packed = carver.take<uint16_t>(packed_size(n.hidden, plan.value_width));
-    c.hidden.layer = carver.take<float>(rows * 2 * n.hidden);
-    if (p.dvalues.data) c.hidden.weights = carver.take<float>(rows * n.queries);
+    const int64_t bytes = size_of(p.dtype), blocks = (plan.chunk_units + plan.block_units - 1) / plan.block_units;
+    c.hidden.layer = carver.take<float>(blocks * plan.tile * 2 * n.hidden);
+    c.hidden.gradients = carver.take<char>(rows * 2 * n.hidden * bytes);
+    if (p.dvalues.data) c.hidden.weights = carver.take<char>(rows * n.queries * bytes);
   }
   c.bytes = carver.bytes;
   return c;
@@ -320,9 +323,10 @@ Status launch_backward_cuda(const BackwardParams& p, const Plan& plan, void* str
       const LaunchConfig config{plan.grid, plan.threads, plan.shared_bytes};
       const Hidden all{0, plan.units};
       const T* const packed = nullptr;
-      return plan.padded_queries == 1
-                 ? launch(softmax_pool_bwd_kernel<T, S, 1>, config, stream, p, plan, c.sums, all, packed)
-                 : launch(softmax_pool_bwd_kernel<T, S, 4>, config, stream, p, plan, c.sums, all, packed);
+      if constexpr (!std::is_same_v<S, DotManyScorer>)
+        if (plan.padded_queries == 1)
+          return launch(softmax_pool_bwd_kernel<T, S, 1>, config, stream, p, plan, c.sums, all, packed);
+      return launch(softmax_pool_bwd_kernel<T, S, 4>, config, stream, p, plan, c.sums, all, packed);
     }
   });
   return status.ok() ? launch_reductions(p, plan, c, stream) : status;

@@ -13,11 +13,13 @@ struct Sums {
   float* db_U = nullptr;
 };
 
-// The hidden layer of a range of units (gated), a row an item and `length` rows a unit.
+// The hidden layer of a range of units (gated): a row an item, `length` rows a unit. Gradients and p in the dtype of
+// the values.
 struct Hidden {
   int64_t first = 0, last = 0;  // units
-  float* layer = nullptr;       // [rows, 2, K]: V v + b_V and U v + b_U, then their gradients
-  float* weights = nullptr;     // p [rows, M]
+  float* layer = nullptr;       // [blocks, items of a tile, 2, K]: V v + b_V and U v + b_U
+  void* gradients = nullptr;    // theirs [rows, 2, K]
+  void* weights = nullptr;      // p [rows, M]
 };
 
 // How a block's threads share K hidden units: each has `index` and those block_size() on, of every `groups`-th item.
@@ -49,7 +51,8 @@ struct Gradient {
   Shared<float> dkeys;        // additive: [items, K]
   float *dquery, *dw;         // this block's (slot's, head's) sums; null: not needed
   float *db_V, *db_U;
-  float* hidden;  // gated: this tile's rows of Hidden
+  const float* layer;  // gated: of this tile, and the rows of its gradients
+  T* gradients;
 };
 
 // dh = de w act'(k + q);  dk = sum_m dh, dq += sum_n dh, dw += sum_n,m de act(k + q).
@@ -78,7 +81,7 @@ ATTNKERN_DEVICE void add_additive(const Gradient<T>& g, const View<T>& v) {
   });
 }
 
-// g = sum_m de w;  da = g sigmoid(b) act'(a), db = g act(a) sigmoid'(b) in place of a, b;
+// g = sum_m de w;  da = g sigmoid(b) act'(a), db = g act(a) sigmoid'(b);
 // dw += sum_n de act(a) sigmoid(b), db_V += sum_n da, db_U += sum_n db.
 template <class T>
 ATTNKERN_DEVICE void add_gated(const Gradient<T>& g, const View<T>& v, const Shared<float>& units) {
@@ -88,14 +91,14 @@ ATTNKERN_DEVICE void add_gated(const Gradient<T>& g, const View<T>& v, const Sha
   own.each([&](int k) {
     float da_sum = 0.0f, db_sum = 0.0f;
     for (int t = own.group; t < v.count; t += own.groups) {
-      float* const at = g.hidden + int64_t{t} * 2 * own.hidden + k;
-      const float a = load_global(at), act = hidden_act(p.act, a);
-      const float b = p.U ? load_global(at + own.hidden) : 0.0f, s = p.U ? sigmoid(b) : 1.0f;
+      const int64_t at = int64_t{t} * 2 * own.hidden + k;
+      const float a = load_global(g.layer + at), act = hidden_act(p.act, a);
+      const float b = p.U ? load_global(g.layer + at + own.hidden) : 0.0f, s = p.U ? sigmoid(b) : 1.0f;
       float grad = 0.0f;
       for (int m = 0; m < v.queries; ++m) grad += g.de.load(t * v.stride + m) * load_global(w + m * own.hidden + k);
       const float da = hidden_backward(p.act, grad * s, a), db = grad * act * s * (1.0f - s);
-      store_global(at, da);
-      if (p.U) store_global(at + own.hidden, db);
+      store_global(g.gradients + at, narrow<T>(da));
+      if (p.U) store_global(g.gradients + at + own.hidden, narrow<T>(db));
       units.store(t * own.hidden + k, act * s);
       da_sum += da;
       db_sum += db;

@@ -216,7 +216,7 @@ Status launch_forward_cuda(const ForwardParams& p, const Plan& plan, void* strea
   const Carved c = carve(p, plan, p.workspace);
   const Status status = visit_scorer(p.dtype, p.scorer, plan, [&](auto type, auto scorer) -> Status {
     using T = decltype(type);
-    using S = decltype(scorer);
+    using S = std::conditional_t<std::is_same_v<decltype(scorer), DotManyScorer>, DotScorer, decltype(scorer)>;
     const LaunchConfig config{plan.grid, plan.threads, plan.shared_bytes};
     T* const packed = static_cast<T*>(c.packed);
     if constexpr (std::is_same_v<S, GatedProductScorer>)

@@ -42,7 +42,7 @@ Status visit_scorer(DType dtype, Scorer scorer, const Plan& plan, const F& f) {
       case Scorer::given:
         return f(type, GivenScorer{});
       case Scorer::dot:
-        return f(type, DotScorer{});
+        return plan.held ? f(type, DotScorer{}) : f(type, DotManyScorer{});
       case Scorer::additive:
         return f(type, AdditiveScorer{});
       default:

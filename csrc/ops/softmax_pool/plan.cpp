@@ -12,7 +12,7 @@ namespace {
 constexpr int kMostItems = 64;             // of a tile
 constexpr int kProductQueries = 16;        // of the product: each warp has sums of its own for all of them
 constexpr int64_t kLeastPieceTiles = 2;    // a piece pays for its start and its merge
-constexpr int64_t kChunkBytes = 24 << 20;  // of the gated scorer's hidden gradients: they stay in L2
+constexpr int64_t kChunkBytes = 32 << 20;  // of the gated scorer's hidden gradients: they stay in L2
 
 constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
@@ -120,6 +120,7 @@ Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const For
     plan.block_queries = static_cast<int>(round_up(ceil_div(n.queries, plan.query_blocks), 4));
   plan.padded_queries = plan.block_queries;
 
+  plan.held = !backward || p.scorer != Scorer::dot || padded <= held_queries(p, plan, padded == 1);
   plan.product = takes_product(p, plan, device);
   if (plan.product) plan.value_width = plan.key_width = static_cast<int>(round_up(n.features, 32));
   choose_tile(p, plan, device);
@@ -129,17 +130,25 @@ Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const For
   const int64_t groups = std::max<int64_t>(1, (p.ragged ? 1 : n.batch) * n.heads * plan.query_blocks);
   int64_t pieces = force.pieces ? force.pieces : choose_pieces(p, plan, device, groups);
   plan.length = std::max<int64_t>(plan.tile, round_up(ceil_div(n.items, pieces), plan.tile));
+  if (backward && p.scorer == Scorer::gated) {  // a chunk has units for every block of a wave
+    const int64_t chunk_items = kChunkBytes / std::max<int64_t>(2 * n.hidden * p.dtype_bytes, 1);
+    const int64_t share = chunk_items / slots_of(plan, device) / plan.tile * plan.tile;
+    plan.length = std::min(plan.length, std::max<int64_t>(share, plan.tile));
+  }
   plan.pieces = p.ragged ? 0 : std::max<int64_t>(1, ceil_div(n.items, plan.length));
   plan.units = p.ragged ? n.batch + n.items / plan.length : n.batch * plan.pieces;
   plan.block_units = 1;
   // Gradients that all samples share: as many partial sums as blocks run at once.
   if (p.summed) plan.block_units = std::max<int64_t>(1, plan.units * n.heads / slots_of(plan, device));
+  if (p.scorer == Scorer::gated) plan.block_units = 1;
   const int64_t blocks = ceil_div(plan.units, plan.block_units);
   plan.slots = p.summed ? blocks : plan.units;
   plan.grid = blocks * n.heads * plan.query_blocks;
-  const int64_t products = ceil_div(n.hidden, kPanel) * ceil_div(n.features, kProductColumns) * 2;
-  const int64_t unit_bytes = plan.length * 2 * n.hidden * 4;
-  plan.chunk_units = std::max<int64_t>(1, kChunkBytes / std::max<int64_t>(unit_bytes, 1));
+  const int64_t products = ceil_div(n.hidden, kProductSize) * ceil_div(n.features, kProductSize) * 2;
+  const int64_t unit_bytes = plan.length * 2 * n.hidden * p.dtype_bytes;
+  plan.chunk_units =
+      std::clamp<int64_t>(kChunkBytes / std::max<int64_t>(unit_bytes, 1), 1, std::max<int64_t>(plan.units, 1));
+  if (p.scorer == Scorer::gated) plan.slots = plan.chunk_units;
   plan.splits = static_cast<int>(std::clamp<int64_t>(2 * device.sm_count / std::max<int64_t>(products, 1), 1,
                                                      std::min<int64_t>(16, plan.chunk_units)));
   return plan;
@@ -187,6 +196,7 @@ PlanAnswer answer(const PlanQuery& query, Direction direction) {
   return {
       {"threads", std::to_string(plan.threads)},
       {"product", std::to_string(plan.product)},
+      {"held", std::to_string(plan.held)},
       {"stages", std::to_string(plan.stages)},
       {"tile", std::to_string(plan.tile)},
       {"value_width", std::to_string(plan.value_width)},

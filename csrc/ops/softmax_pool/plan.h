@@ -23,15 +23,14 @@ struct Problem {
 constexpr int kMostThreads = 512;
 constexpr int kAccumulators = 32;  // weighted sums that a thread has in registers
 constexpr int kProductThreads = 256;
-constexpr int kProductItems = 32;     // items of a tile of the gated scorer's products
-constexpr int kPanel = 64;            // hidden units of theirs
-constexpr int kProductColumns = 128;  // features of theirs
+constexpr int kProductSize = 128;  // rows and columns of a block of the gated scorer's weight gradients
 
 // A sample's items are cut into pieces of `length` (a bag's where a multiple of `length` falls inside it); a block
 // takes a piece, a head and a block of queries, and streams the piece through shared memory in tiles.
 struct Plan {
   int threads;
   bool product;     // the gated scorer's, on the tensor cores
+  bool held;        // a block's registers hold its sums of dquery from tile to tile
   int stages;       // tiles in shared memory
   int tile;         // items of one
   int value_width;  // features of a tile's values and keys, with padding

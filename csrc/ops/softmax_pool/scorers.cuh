@@ -59,6 +59,9 @@ struct DotScorer {
   }
 };
 
+// The same; backward adds its sums of dquery to global memory after each tile, where registers hold too few.
+struct DotManyScorer : DotScorer {};
+
 struct AdditiveScorer {
   static constexpr Scorer kind = Scorer::additive;
   static constexpr int threads = kMostThreads;

@@ -202,7 +202,7 @@ struct RowSum {
 
   template <class W>
   ATTNKERN_DEVICE void add(const Shared<float>& a, int stride, int t, const Matrix<W>& w, int d) {
-#pragma unroll 2
+#pragma unroll 1
     for (int r = 0; r < w.count; ++r) {  // more rows at once spill
       const Vec<float, pack> row = w.template load<pack>(r, d);
 #pragma unroll
