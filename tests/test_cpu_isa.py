@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from attnkern import _native, testing
+from attnkern.ops.softmax_pool import cases as pools
 from attnkern.ops.squeeze_excite.cases import case
 from attnkern.ops.squeeze_excite.op import squeeze, squeeze_excite
 
@@ -29,6 +30,9 @@ NAMES = {
     "one_sample_long",
     "2d",
     "1d",
+    *("pool_mask", "pool_map", "pool_bags", "context", "context_3d", "context_many"),
+    *("latent_queries", "query_keys", "query_bags", "additive_mask", "additive_classes"),
+    *("additive_gelu", "gated_mask", "gated_map", "gated_wide", "ungated", "gated_bags"),
 }
 
 # Every dtype and layout of cases with and without tails; prints what leaves the budget.
@@ -135,6 +139,57 @@ def test_outputs_past_the_caches_are_the_same(
     for one, many in zip(*results, strict=True):
         assert many.shape == (batch, *shape)
         assert torch.equal(many, one.expand(batch, *shape))
+
+
+# Long enough to be cut into units: of one sample, of bags, of samples that share a query or weights.
+POOLS = {
+    "softmax_pool": [
+        pools.case("pool", {"values": (1, 9000, 64), "scores": (1, 3, 9000)}),
+        pools.case("bags", {"values": (9000, 64), "scores": (9000,)}, lengths=(5000, 0, 3, 3997)),
+    ],
+    "context_attention_pool": [pools.case("context", {"x": (3, 96, 60, 60), "weight": (1, 96)})],
+    "query_attention_pool": [
+        pools.case("query", {"x": (2, 3000, 64), "query": (2, 5, 64)}, heads=4),
+        pools.case("shared", {"x": (5, 1500, 64), "query": (1, 5, 64)}),
+    ],
+    "additive_attention_pool": [
+        pools.case(
+            "additive",
+            {"keys": (3, 2000, 40), "values": (3, 2000, 64), "query": (1, 2, 40), "v": (40,)},
+        )
+    ],
+    "gated_attention_pool": [
+        pools.case(
+            "gated", {"x": (2, 1200, 72), "V": (40, 72), "U": (40, 72), "b_V": (40,), "w": (2, 40)}
+        )
+    ],
+}
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize(
+    ("name", "c"),
+    [(n, c) for n, cs in POOLS.items() for c in cs],
+    ids=lambda p: getattr(p, "name", ""),
+)
+def test_pools_do_not_depend_on_threads(
+    name: str, c: testing.Case, dtype: torch.dtype, channels_last: bool
+) -> None:
+    spec = next(spec for spec in testing.specs() if spec.name == name)
+    inputs = c.inputs(dtype, channels_last=channels_last)
+    before = torch.get_num_threads()
+    results = []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            result = testing.run(spec.function, inputs, c.options, impl="native")
+            results.append([*result.outputs, *result.grads.values()])
+    finally:
+        torch.set_num_threads(before)
+    for other in results[1:]:
+        for a, b in zip(results[0], other, strict=True):
+            assert torch.equal(a, b)
 
 
 def test_vectors_and_elementary_functions(tmp_path: Path) -> None:

@@ -22,6 +22,13 @@ struct Whole {
     store(p, v);
   }
 };
+// Written past the caches, to addresses that whole vectors align; fence() when done.
+struct Streamed : Whole {
+  template <class T, class V>
+  ATTNKERN_INLINE void write(T* p, V v) const {
+    stream(p, v);
+  }
+};
 struct Part {
   int64_t n;
   template <class T>
@@ -81,21 +88,21 @@ ATTNKERN_INLINE void outer_tile(const Strided<A>& a, const B* b, int64_t ld_b, c
 }
 
 // Rows of one register tile, all columns.
-template <int M, int N, class A, class B, class Out>
+template <int M, int N, class Full, class A, class B, class Out>
 ATTNKERN_INLINE void outer_rows(const Strided<A>& a, RowsAt<const B> b, RowsAt<const A> init, RowsAt<Out> out,
                                 int64_t columns, int64_t inner) {
   constexpr int64_t lanes = kLanes<A>;
   const auto at = [&](int64_t j) { return init.p ? init.p + j : nullptr; };
   int64_t j = 0;
   for (; j + N * lanes <= columns; j += N * lanes)
-    outer_tile<M, N>(a, b.p + j, b.ld, at(j), init.ld, out.p + j, out.ld, inner, Whole{});
+    outer_tile<M, N>(a, b.p + j, b.ld, at(j), init.ld, out.p + j, out.ld, inner, Full{});
   for (; j + lanes <= columns; j += lanes)
-    outer_tile<M, 1>(a, b.p + j, b.ld, at(j), init.ld, out.p + j, out.ld, inner, Whole{});
+    outer_tile<M, 1>(a, b.p + j, b.ld, at(j), init.ld, out.p + j, out.ld, inner, Full{});
   if (j < columns) outer_tile<M, 1>(a, b.p + j, b.ld, at(j), init.ld, out.p + j, out.ld, inner, Part{columns - j});
 }
 
 // out = init + a b; init's data may be null or out itself
-template <class A, class B, class Out>
+template <class A, class B, class Out, class Full = Whole>
 void outer(Strided<A> a, RowsAt<const B> b, RowsAt<const A> init, RowsAt<Out> out, int64_t rows, int64_t columns,
            int64_t inner) {
   const auto piece = [&](int64_t k, int64_t n, RowsAt<const A> from) {
@@ -109,8 +116,8 @@ void outer(Strided<A> a, RowsAt<const B> b, RowsAt<const A> init, RowsAt<Out> ou
       to.p += by * out.ld;
       if (from.p) from.p += by * from.ld;
     };
-    for (; i + 4 <= rows; advance(4)) outer_rows<4, ATTNKERN_BYTES == 64 ? 4 : 2>(ai, bk, from, to, columns, n);
-    for (; i < rows; advance(1)) outer_rows<1, 8>(ai, bk, from, to, columns, n);
+    for (; i + 4 <= rows; advance(4)) outer_rows<4, ATTNKERN_BYTES == 64 ? 4 : 2, Full>(ai, bk, from, to, columns, n);
+    for (; i < rows; advance(1)) outer_rows<1, 8, Full>(ai, bk, from, to, columns, n);
   };
   if constexpr (std::is_same_v<A, Out>) {
     for (int64_t k = 0; k == 0 || k < inner; k += kChain)

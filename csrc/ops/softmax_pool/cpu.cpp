@@ -7,6 +7,7 @@
 #include <atomic>
 #include <cstring>
 
+#include "cpu/cache.h"
 #include "ops/softmax_pool/cpu_kernels.h"
 
 namespace attnkern::softmax_pool {
@@ -266,6 +267,7 @@ struct BackwardCall : Call<BackwardParams> {
     cpu::Arena arena = lane_arena(lane);
     Scratch s{};
     s.tile = cut.tile;
+    s.streaming = 2 * total_bytes(p) > cpu::l3_bytes();
     s.scores = arena.take(2 * n.queries * cut.tile, size);
     s.rows = arena.take(2 * n.queries * n.features, size);
     s.coefficients = arena.take(2 * n.queries * cut.tile, size);

@@ -15,8 +15,9 @@ struct Unit {
 // What one thread works in, and what all read. Arrays are in the accumulation dtype; a tile is `tile` items.
 struct Scratch {
   int64_t tile;
-  void* scores;  // [M, tile] forward; [2 M, tile] backward: dz . v, then e
-  void* rows;    // [M, D] sums of z forward; [2 M, D] backward: dz, then q where keys are values
+  bool streaming;  // write items past the caches
+  void* scores;    // [M, tile] forward; [2 M, tile] backward: dz . v, then e
+  void* rows;      // [M, D] sums of z forward; [2 M, D] backward: dz, then q where keys are values
   void* largest;
   void* total;              // [M] each, forward: of exp(l - largest)
   void* coefficients;       // [2 M, tile] backward: p, then de

@@ -190,9 +190,10 @@ void unpool_unit(const BackwardParams& p, const Unit& u, const Scratch& s, const
       make_items(weights, s.tile, rows, count, through, n, features, true);
       put_items(through, dvalues, n, features);
     } else {
-      make_items(weights, s.tile, rows, count, dvalues, n, features);
+      make_items(weights, s.tile, rows, count, dvalues, n, features, false, s.streaming);
     }
   }
+  if (s.streaming) fence();
 }
 
 // ---- dispatch

@@ -63,7 +63,8 @@ struct DotScorer : Scorer<T> {
       add_items(de, s.tile, p.sizes.queries, this->keys(), n, p.sizes.hidden, static_cast<A*>(sums.dquery));
     if (b.dkeys.data)
       make_items(de, s.tile, this->rows(), p.sizes.queries,
-                 tile_of<T>(b.dkeys, p.sizes.hidden, this->sample, u.h, this->begin), n, p.sizes.hidden);
+                 tile_of<T>(b.dkeys, p.sizes.hidden, this->sample, u.h, this->begin), n, p.sizes.hidden, false,
+                 s.streaming);
     return {};
   }
 };

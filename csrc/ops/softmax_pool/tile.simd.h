@@ -49,16 +49,20 @@ void add_items(const A* c, int64_t ld_c, int64_t count, Tile<const T> x, int64_t
 // x[t] (+)= sum_m c[m, t] rows[m]
 template <class A, class T>
 void make_items(const A* c, int64_t ld_c, const A* rows, int64_t count, Tile<T> x, int64_t items, int64_t features,
-                bool add = false) {
+                bool add = false, bool streaming = false) {
   const RowsAt<T> to{x.p, x.ld};
   RowsAt<const A> from{nullptr, x.ld};
   if constexpr (std::is_same_v<A, T>) {
     if (add) from.p = x.p;
   }
-  if (x.columns)
-    outer<A, A, T>({rows, 1, features}, {c, ld_c}, from, to, features, items, count);
-  else
-    outer<A, A, T>({c, 1, ld_c}, {rows, features}, from, to, items, features, count);
+  const auto make = [&](auto full) {
+    if (x.columns)
+      outer<A, A, T, decltype(full)>({rows, 1, features}, {c, ld_c}, from, to, features, items, count);
+    else
+      outer<A, A, T, decltype(full)>({c, 1, ld_c}, {rows, features}, from, to, items, features, count);
+  };
+  const auto misaligned = (reinterpret_cast<uintptr_t>(x.p) | x.ld * sizeof(T)) % 64;
+  streaming && !misaligned ? make(Streamed{}) : make(Whole{});
 }
 
 template <class A, class T>
