@@ -26,10 +26,10 @@ from bench.run import Claim, Outcome, Settings, compare
 NEEDS = ("sklearn", "matplotlib")
 CELLS, CELL = 14, 4  # cells a side, pixels a cell
 WINDOW = 12  # pixels that a cell sees, around its own
-LINE = 14  # pixels between lines of digits, and between places on a line
+LINE = 18  # pixels between lines of digits, and between places on a line
 MOST = 3  # digits on a canvas
 END, START = 10, 11  # words beside the ten digits
-FEATURES, HIDDEN, STATE = 64, 48, 96
+FEATURES, HIDDEN, STATE = 64, 96, 128
 Attend = Callable[[Tensor, Tensor, Tensor, Tensor], tuple[Tensor, Tensor]]
 
 
@@ -102,12 +102,20 @@ def pretrained(source: Digits, quick: bool, generator: torch.Generator) -> nn.Mo
 # ------------------------------------------------------------------ captioner
 
 
+def waves() -> Tensor:
+    """[FEATURES, 14, 14], sines and cosines of row and column, where the learnt positions begin."""
+    frequencies = torch.pi / CELLS * 2.0 ** (torch.arange(FEATURES // 4) / 6)
+    angles = frequencies[:, None] * torch.arange(CELLS)
+    rows = torch.cat([angles.sin(), angles.cos()])[:, :, None].expand(-1, -1, CELLS)
+    return 0.5 * torch.cat([rows, rows.transpose(1, 2)])
+
+
 class Captioner(nn.Module):
     def __init__(self, encoder: nn.Module, impl: str):
         super().__init__()
         self.impl = impl
         self.encoder = encoder
-        self.position = nn.Parameter(torch.randn(FEATURES, CELLS, CELLS) * 0.1)
+        self.position = nn.Parameter(waves())
         self.keys = nn.Conv2d(FEATURES, HIDDEN, 1)
         self.query = nn.Linear(STATE, HIDDEN)
         self.v = nn.Parameter(torch.randn(HIDDEN))
