@@ -60,13 +60,20 @@ struct Span {
   int64_t item, feature;  // strides
   int features;
   bool rows;    // neighbours in memory are features, else items
-  bool vector;  // whole packs along the features
+  bool vector;  // in whole, aligned packs
 };
 
-ATTNKERN_HOST_DEVICE bool has_vector_rows(const ConstItems& items, int64_t features, int element_bytes) {
+// Neighbours are items: also where there is one feature.
+ATTNKERN_HOST_DEVICE bool has_columns(const ConstItems& items, int64_t features) {
+  return items.stride_item == 1 && (features == 1 || items.stride_feature != 1);
+}
+
+ATTNKERN_HOST_DEVICE bool has_vectors(const ConstItems& items, int64_t features, int element_bytes) {
   const int64_t pack = 16 / element_bytes;
-  return items.stride_feature == 1 && features % pack == 0 && items.stride_item % pack == 0 &&
-         items.stride_head % pack == 0 && items.stride_batch % pack == 0 &&
+  const bool columns = has_columns(items, features);
+  const bool whole = columns ? features == 1 || items.stride_feature % pack == 0
+                             : items.stride_feature == 1 && features % pack == 0 && items.stride_item % pack == 0;
+  return whole && items.stride_head % pack == 0 && items.stride_batch % pack == 0 &&
          reinterpret_cast<uintptr_t>(items.data) % 16 == 0;
 }
 
@@ -76,8 +83,8 @@ ATTNKERN_DEVICE Span<const T*> span_of(const ConstItems& items, int64_t sample, 
           items.stride_item,
           items.stride_feature,
           static_cast<int>(features),
-          items.stride_feature == 1 || features == 1,
-          has_vector_rows(items, features, sizeof(T))};
+          !has_columns(items, features),
+          has_vectors(items, features, sizeof(T))};
 }
 
 template <class T>
@@ -87,11 +94,65 @@ ATTNKERN_DEVICE Span<T*> span_of(const Items& items, int64_t sample, int64_t hea
   return {const_cast<T*>(span.data), span.item, span.feature, span.features, span.rows, span.vector};
 }
 
+// How threads share a tile whose items are neighbours outside and whose features are in shared memory: f(t, d) for
+// every pack of items and every word of features. Two packs and 16 words a warp: whole sectors outside, few conflicts
+// inside.
+template <class T>
+struct ColumnShares {
+  static constexpr int pack = pack_size<T>(), word = 4 / static_cast<int>(sizeof(T));
+  int words, pair, count;
+
+  ATTNKERN_DEVICE ColumnShares(int items, int features)
+      : words((features + word - 1) / word), pair(items / pack % 2 ? 1 : 2), count(items / pack * words) {}
+  ATTNKERN_DEVICE int item(int i) const { return (i / pair / words * pair + i % pair) * pack; }
+  ATTNKERN_DEVICE int feature(int i) const { return i / pair % words * word; }
+};
+
+template <class T>
+ATTNKERN_DEVICE void fetch_columns(const Tile<T>& to, const Span<const T*>& from, int64_t first, int count) {
+  using Shares = ColumnShares<T>;
+  constexpr int pack = Shares::pack, word = Shares::word, batch = 2;  // 2 or 4 accesses on their way a thread
+  const Shares shares(to.items, to.width);
+  for (int i = thread_index(); i < shares.count; i += batch * block_size()) {
+    Vec<T, pack> items[batch][word] = {};
+#pragma unroll
+    for (int u = 0; u < batch; ++u) {
+      const int share = i + u * block_size(), t = shares.item(share), d = shares.feature(share);
+      if (share >= shares.count) break;
+#pragma unroll
+      for (int w = 0; w < word; ++w) {
+        const T* const at = from.data + first + t + (d + w) * from.feature;
+        if (d + w >= from.features) continue;
+        if (t + pack <= count)
+          items[u][w] = load_global_vec<pack, Cache::streaming>(at);
+        else
+#pragma unroll
+          for (int k = 0; k < pack; ++k)
+            if (t + k < count) items[u][w][k] = load_global(at + k);
+      }
+    }
+#pragma unroll
+    for (int u = 0; u < batch; ++u) {
+      const int share = i + u * block_size(), t = shares.item(share), d = shares.feature(share);
+      if (share >= shares.count) break;
+#pragma unroll
+      for (int k = 0; k < pack; ++k) {
+        Vec<T, word> features;
+#pragma unroll
+        for (int w = 0; w < word; ++w) features[w] = items[u][w][k];
+        to.data.store_vec((t + k) * to.stride + d, features);
+      }
+    }
+  }
+}
+
 // Starts copying items [first, first + count) to the tile; complete after async_wait and a barrier.
 template <class T>
 ATTNKERN_DEVICE void fetch(const Tile<T>& to, const Span<const T*>& from, int64_t first, int count) {
-  constexpr int pack = pack_size<T>();
-  if (from.vector) {
+  constexpr int pack = pack_size<T>(), batch = 4;
+  if (from.vector && !from.rows && first % pack == 0 && to.items % pack == 0)
+    return fetch_columns(to, from, first, count);
+  if (from.vector && from.rows) {
     const int packs = to.width / pack;
     for (int i = thread_index(); i < to.items * packs; i += block_size()) {
       const int t = i / packs, d = (i - t * packs) * pack, at = t * to.stride + d;
@@ -102,11 +163,26 @@ ATTNKERN_DEVICE void fetch(const Tile<T>& to, const Span<const T*>& from, int64_
     }
     return;
   }
-  for (int i = thread_index(); i < to.items * to.width; i += block_size()) {
-    const int t = from.rows ? i / to.width : i % to.items, d = from.rows ? i % to.width : i / to.items;
-    const bool inside = t < count && d < from.features;
-    to.data.store(t * to.stride + d,
-                  inside ? load_global<Cache::streaming>(from.data + (first + t) * from.item + d * from.feature) : T{});
+  const int size = to.items * to.width;
+  const auto place = [&](int i, int& t, int& d) {
+    t = from.rows ? i / to.width : i % to.items;
+    d = from.rows ? i % to.width : i / to.items;
+  };
+  for (int i = thread_index(); i < size; i += batch * block_size()) {
+    T elements[batch] = {};
+#pragma unroll
+    for (int u = 0; u < batch; ++u) {
+      int t, d;
+      place(i + u * block_size(), t, d);
+      if (i + u * block_size() < size && t < count && d < from.features)
+        elements[u] = load_global(from.data + (first + t) * from.item + d * from.feature);
+    }
+#pragma unroll
+    for (int u = 0; u < batch; ++u) {
+      int t, d;
+      place(i + u * block_size(), t, d);
+      if (i + u * block_size() < size) to.data.store(t * to.stride + d, elements[u]);
+    }
   }
 }
 
@@ -114,11 +190,30 @@ ATTNKERN_DEVICE void fetch(const Tile<T>& to, const Span<const T*>& from, int64_
 template <class T>
 ATTNKERN_DEVICE void put(const Tile<T>& from, const Span<T*>& to, int64_t first, int count) {
   constexpr int pack = pack_size<T>();
-  if (to.vector) {
+  if (to.vector && to.rows) {
     const int packs = to.features / pack;
     for (int i = thread_index(); i < count * packs; i += block_size()) {
       const int t = i / packs, d = (i - t * packs) * pack;
       store_global_vec<Cache::streaming>(to.data + (first + t) * to.item + d, from.template load<pack>(t, d));
+    }
+    return;
+  }
+  if (to.vector && first % pack == 0 && count % pack == 0) {
+    using Shares = ColumnShares<T>;
+    const Shares shares(count, to.features);
+    for (int i = thread_index(); i < shares.count; i += block_size()) {
+      const int t = shares.item(i), d = shares.feature(i);
+      Vec<T, pack> items[Shares::word];
+#pragma unroll
+      for (int k = 0; k < pack; ++k) {
+        const Vec<T, Shares::word> features = from.template load<Shares::word>(t + k, d);
+#pragma unroll
+        for (int w = 0; w < Shares::word; ++w) items[w][k] = features[w];
+      }
+#pragma unroll
+      for (int w = 0; w < Shares::word; ++w)
+        if (d + w < to.features)
+          store_global_vec<Cache::streaming>(to.data + first + t + (d + w) * to.feature, items[w]);
     }
     return;
   }
