@@ -52,6 +52,9 @@ def hidden(
         a += tl.load(b_V + k, mask=in_k, other=0.0)[None, :]
     if b_U is not None:
         b += tl.load(b_U + k, mask=in_k, other=0.0)[None, :]
+    # 0 outside, where an infinite item times the padding of V is NaN
+    a = tl.where(in_k[None, :], a, 0.0)
+    b = tl.where(in_k[None, :], b, 0.0)
     return a, a if U is None else b
 
 
