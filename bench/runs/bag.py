@@ -87,7 +87,7 @@ def run(settings: Settings) -> Outcome:
             Claim(
                 "held beyond x in a training step, as a share of x",
                 ours["held"] / ours["x"],
-                0.3 if settings.quick else 0.1,
+                0.3,
                 at_most=True,
             )
         ],
