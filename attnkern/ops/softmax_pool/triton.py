@@ -81,8 +81,8 @@ def softmax_pool_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     i, o = Inputs(*tensors), Options(scorer, act, scale)
     shape = plan.shape_of(i)
     rows = (shape.batch, shape.heads, shape.queries)
-    z = i.values.new_empty(*rows, shape.features)
-    lse = z.new_empty(rows, dtype=torch.float32)
+    z = i.values.new_empty(*rows, shape.features, dtype=torch.float32)
+    lse = z.new_empty(rows)
     block = plan.blocks(i, shape)
     splits = plan.splits(i, shape, block, shape.batch * shape.heads)
     partial = largest = total = None

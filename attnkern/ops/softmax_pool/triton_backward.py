@@ -296,7 +296,8 @@ def items_kernel(
             for one in range(0, queries):
                 q = query + b * query_batch + (h * queries + one) * features + f
                 s = tile + tl.load(q, mask=in_f, other=0.0)[None, :]
-                g = tl.load(de + row_weights + one * weights_query + n, mask=in_n, other=0.0)
+                at = row_weights + tl.cast(one, tl.int64) * weights_query + n
+                g = tl.load(de + at, mask=in_n, other=0.0)
                 acc += activation_grad(g[:, None] * weight, s, 0.0, ACT)
         if SCORER == "gated":
             at = (sample * items + n) * units

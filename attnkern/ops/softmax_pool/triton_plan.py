@@ -60,11 +60,12 @@ def blocks(i: Inputs, shape: Shape, backward: bool = False) -> dict[str, int]:
     wide = aligned(i.values) and aligned(keys)
     additive = i.w is not None
     if shape.queries == 1:
-        elements = 2048 if wide else 1024
-        d = power(shape.features, 16, 128)
+        dot = shape.units and not additive and i.V is None
+        elements = 2048 if wide and not (dot and backward) else 1024
+        d = power(shape.features, 16, elements // 16)
         n = elements // d
         k = power(shape.units, 16, elements // n // (2 if additive else 1))
-        warps = 8 if additive and backward else 4
+        warps = 8 if backward and (additive or dot) else 4
         block = {"BLOCK_M": 1, "BLOCK_N": n, "BLOCK_D": d, "BLOCK_K": k}
     else:
         most = (64 if wide else 32) // (2 if backward else 1)
@@ -77,17 +78,17 @@ def blocks(i: Inputs, shape: Shape, backward: bool = False) -> dict[str, int]:
 def _matrix_blocks(x: Tensor, shape: Shape, step: str) -> dict[str, int]:
     """Tiles of the hidden layer's products, ``step`` features at a time, by eight warps.
 
-    float32 products keep their operands in registers: half the tile, and half the step.
+    float32 products keep their operands in registers: half the step.  64 items a tile spilled 8 to
+    264 bytes, by target.
     """
-    side = 64 if x.dtype != torch.float32 and aligned(x) else 32
     small = x.dtype == torch.float32
     return {
         "BLOCK_M": 1 if shape.queries == 1 else 16,
-        "BLOCK_N": side,
+        "BLOCK_N": 32,
         "BLOCK_K": 32,
         step: 16 if small else 32,
         "num_warps": 8,
-        "num_stages": 1 if small else 2,
+        "num_stages": 1,
     }
 
 
