@@ -24,7 +24,7 @@ def span(offsets, b, split, splits, skipped, items, BLOCK_N: tl.constexpr):
     if offsets is not None:
         size = stop
         start = tl.minimum(tl.maximum(tl.load(offsets + b) - skipped, start), size)
-        stop = tl.minimum(tl.maximum(tl.load(offsets + b + 1) - skipped, start), size)
+        stop = tl.minimum(tl.maximum(tl.load(offsets + (b + 1)) - skipped, start), size)
     tiles = (stop - start + BLOCK_N - 1) // BLOCK_N
     chunk = ((tiles + splits - 1) // splits) * BLOCK_N
     first = tl.minimum(start + split * chunk, stop)
