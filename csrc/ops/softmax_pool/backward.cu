@@ -23,7 +23,7 @@ ATTNKERN_DEVICE void each_held(Acc& dq, const Sizes& n, int first, const F& f) {
 // Traffic    items once, their gradients once; queries, dz and weights from L2 once a tile
 // Numerics   float; dquery by tiles in order
 template <class T, class ScorerT, int Rows>
-ATTNKERN_KERNEL(ScorerT::threads, 1)
+ATTNKERN_KERNEL(kProductThreads, 1)  // at 128 registers, for two blocks an SM, it spills up to 1128 bytes
 softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_GRID_CONSTANT const Plan plan,
                         const Sums sums, const Hidden hidden, const T* packed) {
   constexpr bool product = std::is_same_v<ScorerT, GatedProductScorer>;

@@ -81,8 +81,9 @@ void choose_tile(const Problem& p, Plan& plan, const cuda::DeviceProperties& dev
     return;
   }
   const int64_t half = std::min<int64_t>(whole, device.shared_bytes_per_sm / 2 - 1024);
-  const int64_t limit = shared_bytes(p, plan, 4) <= half ? half : whole;
-  plan.blocks_per_sm = limit == half && plan.threads < kMostThreads ? 2 : 1;
+  const bool two = p.direction == Direction::forward && shared_bytes(p, plan, 4) <= half;
+  const int64_t limit = two ? half : whole;
+  plan.blocks_per_sm = two && plan.threads < kMostThreads ? 2 : 1;
   plan.tile = 4;
   while (plan.tile < kMostItems && shared_bytes(p, plan, 2 * plan.tile) <= limit && plan.tile < p.sizes.items)
     plan.tile *= 2;
@@ -111,8 +112,8 @@ Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const For
   const int64_t padded = n.queries == 1 ? 1 : round_up(n.queries, 4);
   plan.block_queries = static_cast<int>(padded);
   // 256 threads, so that two blocks share an SM, where their registers hold the sums; else 512.
-  for (plan.threads = 256; plan.threads < kMostThreads && held_queries(p, plan, padded == 1) < padded;)
-    plan.threads *= 2;
+  plan.threads = 256;
+  while (!backward && plan.threads < kMostThreads && held_queries(p, plan, padded == 1) < padded) plan.threads *= 2;
   if (!backward) plan.block_queries = static_cast<int>(std::min(padded, held_queries(p, plan, padded == 1)));
   if (plan.block_queries == 0) return plan;  // not even one: the launcher refuses
   plan.query_blocks = backward ? 1 : static_cast<int>(ceil_div(n.queries, plan.block_queries));

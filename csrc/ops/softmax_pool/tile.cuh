@@ -108,40 +108,26 @@ struct ColumnShares {
   ATTNKERN_DEVICE int feature(int i) const { return i / pair % words * word; }
 };
 
+// More accesses on their way a thread spill.
 template <class T>
 ATTNKERN_DEVICE void fetch_columns(const Tile<T>& to, const Span<const T*>& from, int64_t first, int count) {
   using Shares = ColumnShares<T>;
-  constexpr int pack = Shares::pack, word = Shares::word, batch = 2;  // 2 or 4 accesses on their way a thread
+  constexpr int pack = Shares::pack, word = Shares::word;
   const Shares shares(to.items, to.width);
-  for (int i = thread_index(); i < shares.count; i += batch * block_size()) {
-    Vec<T, pack> items[batch][word] = {};
+#pragma unroll 1
+  for (int i = thread_index(); i < shares.count; i += block_size()) {
+    const int t = shares.item(i), d = shares.feature(i);
+    const T* const at = from.data + first + t + d * from.feature;
+    Vec<T, pack> items[word] = {};
 #pragma unroll
-    for (int u = 0; u < batch; ++u) {
-      const int share = i + u * block_size(), t = shares.item(share), d = shares.feature(share);
-      if (share >= shares.count) break;
+    for (int w = 0; w < word; ++w)
+      if (t < count && d + w < from.features) items[w] = load_global_vec<pack, Cache::streaming>(at + w * from.feature);
 #pragma unroll
-      for (int w = 0; w < word; ++w) {
-        const T* const at = from.data + first + t + (d + w) * from.feature;
-        if (d + w >= from.features) continue;
-        if (t + pack <= count)
-          items[u][w] = load_global_vec<pack, Cache::streaming>(at);
-        else
+    for (int k = 0; k < pack; ++k) {
+      Vec<T, word> features;
 #pragma unroll
-          for (int k = 0; k < pack; ++k)
-            if (t + k < count) items[u][w][k] = load_global(at + k);
-      }
-    }
-#pragma unroll
-    for (int u = 0; u < batch; ++u) {
-      const int share = i + u * block_size(), t = shares.item(share), d = shares.feature(share);
-      if (share >= shares.count) break;
-#pragma unroll
-      for (int k = 0; k < pack; ++k) {
-        Vec<T, word> features;
-#pragma unroll
-        for (int w = 0; w < word; ++w) features[w] = items[u][w][k];
-        to.data.store_vec((t + k) * to.stride + d, features);
-      }
+      for (int w = 0; w < word; ++w) features[w] = items[w][k];
+      to.data.store_vec((t + k) * to.stride + d, features);
     }
   }
 }
@@ -150,8 +136,7 @@ ATTNKERN_DEVICE void fetch_columns(const Tile<T>& to, const Span<const T*>& from
 template <class T>
 ATTNKERN_DEVICE void fetch(const Tile<T>& to, const Span<const T*>& from, int64_t first, int count) {
   constexpr int pack = pack_size<T>(), batch = 4;
-  if (from.vector && !from.rows && first % pack == 0 && to.items % pack == 0)
-    return fetch_columns(to, from, first, count);
+  if (from.vector && !from.rows && (first | count | to.items) % pack == 0) return fetch_columns(to, from, first, count);
   if (from.vector && from.rows) {
     const int packs = to.width / pack;
     for (int i = thread_index(); i < to.items * packs; i += block_size()) {
