@@ -45,8 +45,8 @@ BackwardParams = _struct(
 Force = _struct("Force", "pieces:l tile:i")
 Plan = _struct(
     "Plan",
-    "threads:i product:b held:b stages:i tile:i value_width:i key_width:i block_queries:i padded_queries:i query_blocks:i length:l "
-    "pieces:l units:l block_units:l slots:l chunk_units:l splits:i grid:l shared_bytes:i "
+    "threads:i product:b held:b stages:i tile:i value_width:i key_width:i block_queries:i "
+    "padded_queries:i query_blocks:i length:l pieces:l units:l block_units:l slots:l chunk_units:l splits:i grid:l shared_bytes:i "
     "blocks_per_sm:i",
     b=ctypes.c_bool,
 )
@@ -93,7 +93,7 @@ class Emulated:
         rows = op.rows_of(i)
         small = torch.empty(0, dtype=accumulation_dtype(i.values.dtype))
         outputs = {
-            "z": i.values.new_empty(*rows, features),
+            "z": i.values.new_empty(*rows, features, dtype=torch.float32),
             "lse": small.new_empty(rows),
             "scores_out": small.new_empty((batch, heads, rows[2], items) if return_scores else 0),
         }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any, NamedTuple
 
+import torch
 from torch import Tensor
 
 from attnkern.ops.softmax_pool import checks, reference
@@ -11,7 +12,7 @@ from attnkern.ops.softmax_pool.op import pool
 from attnkern.ops.softmax_pool.reference import Inputs, Options
 
 Results = tuple[Tensor, Tensor | None, Tensor | None, Tensor]
-"""z, weights, scores and lse, in normal form."""
+"""z, weights, scores and lse, in normal form and accumulation dtype."""
 
 
 class Common(NamedTuple):
@@ -65,16 +66,21 @@ def run(
 
 
 def results_of(
-    z: Tensor, results: Results, common: Common, single: bool, heads: bool = False
+    z: Tensor,
+    results: Results,
+    common: Common,
+    dtype: torch.dtype,
+    single: bool = False,
+    heads: bool = False,
 ) -> Any:
-    """z [B, M, D] and what was asked for besides, without the axes that the call does not have."""
+    """z [B, M, D] and what was asked for besides, in ``dtype``, without the axes that the call does not have."""
     _, weights, scores, lse = results
-    out = [z.squeeze(1) if single else z]
+    out = [(z.squeeze(1) if single else z).to(dtype)]
     for t in (weights, scores):
         if t is not None:
             t = t.squeeze(2) if single else t
             t = t if heads else t.squeeze(1)
-            out.append((t if common.offsets is None else t.squeeze(0)).to(z.dtype))
+            out.append((t if common.offsets is None else t.squeeze(0)).to(dtype))
     if common.return_lse:
         lse = lse.squeeze(2) if single else lse
         out.append(lse if heads else lse.squeeze(1))

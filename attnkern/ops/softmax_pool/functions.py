@@ -74,7 +74,7 @@ def softmax_pool(
     kinds = (v.dtype, torch.float32)
     e = checks.per_row(op, "scores", scores, v, rows, ragged, kinds, exact=True)
     results = run(op, Inputs(v, scores=e), "given", "tanh", common, rows)
-    return results_of(results[0].squeeze(1), results, common, single)
+    return results_of(results[0].squeeze(1), results, common, v.dtype, single)
 
 
 def context_attention_pool(
@@ -120,7 +120,7 @@ def context_attention_pool(
         c = bias.reshape(1, 1, queries)
     i = Inputs(v, query=weight.reshape(1, 1, queries, v.shape[3]), c=c)
     results = run(op, i, "dot", "tanh", common, (bags_of(op, v, offsets), 1, queries))
-    return results_of(results[0].squeeze(1), results, common, False)
+    return results_of(results[0].squeeze(1), results, common, v.dtype)
 
 
 def additive_attention_pool(
@@ -182,7 +182,7 @@ def additive_attention_pool(
         c = c.reshape(1, 1, 1).expand(1, 1, q.shape[1])
     i = Inputs(x, k, q.unsqueeze(1), w=v.reshape(1, width), c=c)
     results = run(op, i, "additive", act, common, (bags, 1, q.shape[1]))
-    return results_of(results[0].squeeze(1), results, common, query.dim() == 2)
+    return results_of(results[0].squeeze(1), results, common, x.dtype, query.dim() == 2)
 
 
 def gated_attention_pool(
@@ -258,7 +258,7 @@ def gated_attention_pool(
         c=None if b_w is None else b_w.reshape(1, 1, queries),
     )
     results = run(op, i, "gated", act, common, (bags_of(op, items, offsets), 1, queries))
-    return results_of(results[0].squeeze(1), results, common, False)
+    return results_of(results[0].squeeze(1), results, common, items.dtype)
 
 
 def merge_pools(z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:

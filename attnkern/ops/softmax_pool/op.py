@@ -34,7 +34,7 @@ def _fwd_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
     rows, (batch, heads, items, features) = rows_of(i), i.values.shape
     small = i.values.new_empty(rows, dtype=accumulation_dtype(i.values.dtype))
     scores = (batch, heads, rows[2], items) if return_scores else 0
-    return i.values.new_empty(*rows, features), small, small.new_empty(scores)
+    return small.new_empty(*rows, features), small, small.new_empty(scores)
 
 
 def _bwd_fake(
@@ -104,8 +104,10 @@ class _Pool(torch.autograd.Function):
         i, options, needs = Inputs(*tensors), ctx.options, Inputs(*ctx.needs_input_grad[3:])
         if not ctx.return_scores:
             dscores = None  # which torch.compile gives all the same, empty
-        dz = torch.zeros_like(z) if dz is None else dz.contiguous()
-        product = (dz.to(lse.dtype) * z.to(lse.dtype)).sum(3)  # [B, H, M]
+        # z is kept unrounded: items that are nearly alike leave of dp - delta what rounding would take
+        dz = torch.zeros_like(z) if dz is None else dz
+        dz = dz.to(i.values.dtype).contiguous()
+        product = (dz.to(lse.dtype) * z).sum(3)  # [B, H, M]
         delta = product if dlse is None else product - dlse
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph=True: the same formulas in differentiable PyTorch, for double backward
@@ -170,7 +172,7 @@ def _typed(i: Inputs) -> Inputs:
 def pool(
     op: str, impl: str, i: Inputs, options: Options, return_scores: bool
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """z [B, H, M, D], lse [B, H, M] and, on request, the raw scores [B, H, M, N] of a checked call."""
+    """z [B, H, M, D], lse [B, H, M] and, on request, the raw scores [B, H, M, N], all unrounded."""
     impl = _select.select(op, impl, i.values.device, i.values.dtype, "softmax_pool_fwd")
     acc = accumulation_dtype(i.values.dtype)
     small = {

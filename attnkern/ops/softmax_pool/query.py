@@ -132,8 +132,8 @@ def query_attention_pool(
             heads_of = [None if t is None else _split(t.squeeze(1), heads) for t in (v, k)]
             results = run(op, Inputs(*heads_of, q, c=c), "dot", "tanh", common, rows)
             z = results[0]
-    z = z.transpose(1, 2).flatten(2).to(v.dtype)  # [B, M, F]
-    return results_of(z, results, common, single, heads > 1)
+    z = z.transpose(1, 2).flatten(2)  # [B, M, F]
+    return results_of(z, results, common, v.dtype, single, heads > 1)
 
 
 def _projected(

@@ -208,12 +208,12 @@ def weights_of(e: Tensor, lse: Tensor, i: Inputs, o: Options) -> Tensor:
 
 
 def forward(i: Inputs, o: Options) -> tuple[Tensor, Tensor, Tensor]:
-    """z [B, H, M, D] in the values' dtype, lse [B, H, M] and raw scores e [B, H, M, N]."""
+    """z [B, H, M, D], lse [B, H, M] and raw scores e [B, H, M, N]."""
     e = raw_scores(i, o)
     lse = log_sum_exp(logits_of(e, i, o), i)
     z = weighted_sum(weights_of(e, lse, i, o), i)
     z = torch.where((lse == float("-inf")).unsqueeze(3), 0.0, z)  # whatever the values
-    return z.to(i.values.dtype), lse, e
+    return z, lse, e
 
 
 def weighted_sum(p: Tensor, i: Inputs) -> Tensor:

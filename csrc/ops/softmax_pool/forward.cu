@@ -134,7 +134,7 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
     if (!whole)
       store_global(partial.z + (at + m) * features + d, value);
     else
-      store_global(static_cast<T*>(p.z) + (row + m) * features + d, narrow<T>(total == 0.0f ? 0.0f : value / total));
+      store_global(static_cast<float*>(p.z) + (row + m) * features + d, total == 0.0f ? 0.0f : value / total);
   });
   for (int m = thread_index(); m < own; m += block_size()) {
     const float total = sum.load(m), top = largest.load(m);
@@ -177,8 +177,7 @@ softmax_pool_merge_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN
     total += factor * load_global(partial.sum + u * rows + own);
     if (d < features) z += factor * load_global(partial.z + (u * rows + own) * features + d);
   }
-  if (d < features)
-    store_global(static_cast<T*>(p.z) + row * features + d, narrow<T>(total == 0.0f ? 0.0f : z / total));
+  if (d < features) store_global(static_cast<float*>(p.z) + row * features + d, total == 0.0f ? 0.0f : z / total);
   if (d == 0) store_global(static_cast<float*>(p.lse) + row, total == 0.0f ? -INFINITY : logf(total) + top);
 }
 

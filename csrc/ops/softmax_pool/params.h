@@ -70,7 +70,7 @@ struct Inputs {
 };
 
 struct ForwardParams : Inputs {
-  void* z = nullptr;           // [B, H, M, D], dense
+  void* z = nullptr;           // [acc] [B, H, M, D], dense
   void* lse = nullptr;         // [acc] [B, H, M]
   void* scores_out = nullptr;  // [acc] e [B, H, M, N] ([1, H, M, N] of bags), or null
   void* workspace = nullptr;

@@ -72,11 +72,11 @@ ATTNKERN_INLINE void multiply(A* row, int64_t n, A factor) {
 }
 
 // z = sum / total and lse of one row
-template <class T, class A>
+template <class A>
 ATTNKERN_INLINE void finish(const ForwardParams& p, int64_t b, int64_t h, int64_t m, A largest, A total,
                             const A* sums) {
   const int64_t row = (b * p.sizes.heads + h) * p.sizes.queries + m;
-  T* z = static_cast<T*>(p.z) + row * p.sizes.features;
+  A* z = static_cast<A*>(p.z) + row * p.sizes.features;
   const bool none = total == 0;
   static_cast<A*>(p.lse)[row] = none ? -kInfinity<A> : static_cast<A>(std::log(double{total}) + largest);
   each_vector<A>(p.sizes.features,
@@ -111,7 +111,7 @@ void pool_unit(const ForwardParams& p, const Unit& u, const Scratch& s, const Pa
     add_items(e, s.tile, queries, scorer.values(), n, features, z);
   }
   if (part) return;
-  for (int64_t m = 0; m < queries; ++m) finish<T>(p, u.b, u.h, m, largest[m], total[m], z + m * features);
+  for (int64_t m = 0; m < queries; ++m) finish<A>(p, u.b, u.h, m, largest[m], total[m], z + m * features);
 }
 
 template <class T>
@@ -138,7 +138,7 @@ void merge_parts(const ForwardParams& p, int64_t b, int64_t h, const Partial& fi
         access.write(sums + i, j ? access.read(sums + i) + term : term);
       });
     }
-    finish<T>(p, b, h, m, largest, total, sums);
+    finish<A>(p, b, h, m, largest, total, sums);
   }
 }
 

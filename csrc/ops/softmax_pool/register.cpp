@@ -96,7 +96,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& values, const MaybeTens
   fill(p, {values, keys, query, scores, V, b_V, U, b_U, w, c, bias, offsets, scorer, act, scale});
   const auto acc = glue::accumulation_scalar(values);
   const Sizes& n = p.sizes;
-  Tensor z = glue::empty(values, std::array<int64_t, 4>{n.batch, n.heads, n.queries, n.features}, values.scalar_type());
+  Tensor z = glue::empty(values, std::array<int64_t, 4>{n.batch, n.heads, n.queries, n.features}, acc);
   Tensor lse = glue::empty(values, std::array<int64_t, 3>{n.batch, n.heads, n.queries}, acc);
   Tensor raw = return_scores
                    ? glue::empty(values, std::array<int64_t, 4>{values.size(0), n.heads, n.queries, n.items}, acc)

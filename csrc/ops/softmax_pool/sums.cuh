@@ -65,7 +65,7 @@ ATTNKERN_DEVICE Matrix<W> matrix(const void* data, int64_t stride, int64_t count
 // which. Lanes run along the features.
 template <int Rows, class T, class W>
 ATTNKERN_DEVICE float features_sum(const Tile<T>& x, int t, const Matrix<W>& w, int row) {
-  constexpr int pack = pack_size<T>();
+  constexpr int pack = 4;  // 8 elements of 4 rows spill
   float sum[kItemBlock * Rows] = {};
   for (int d = lane_id() * pack; d < x.width; d += kWarpSize * pack) {
     Vec<float, pack> weights[Rows];
