@@ -46,8 +46,8 @@ Force = _struct("Force", "pieces:l tile:i")
 Plan = _struct(
     "Plan",
     "threads:i product:b held:b stages:i tile:i value_width:i key_width:i block_queries:i "
-    "padded_queries:i query_blocks:i length:l pieces:l units:l block_units:l slots:l chunk_units:l splits:i grid:l shared_bytes:i "
-    "blocks_per_sm:i",
+    "padded_queries:i query_blocks:i length:l pieces:l units:l block_units:l "
+    "slots:l chunk_units:l splits:i grid:l shared_bytes:i blocks_per_sm:i",
     b=ctypes.c_bool,
 )
 
