@@ -36,7 +36,7 @@ def define(name: str, signature: str, fake: Callable[..., Any]) -> dict[str, Cal
     return overloads
 
 
-def has_kernel(name: str, impl: str, device_type: str) -> bool:
+def serves(name: str, impl: str, device_type: str) -> bool:
     """Whether ``attnkern::name.impl`` has been given a kernel for tensors on this kind of device."""
     return (name, impl, device_type) in _kernels
 

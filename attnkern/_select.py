@@ -72,7 +72,7 @@ def refuse(
     if impl == "reference":
         return None
     reason = _refuse_any(impl, device, dtype)
-    if reason is None and operator and not _library.has_kernel(operator, impl, device.type):
+    if reason is None and operator and not _library.serves(operator, impl, device.type):
         return f"it has no kernel of this operator for device {device.type}"
     return reason
 

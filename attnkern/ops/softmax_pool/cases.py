@@ -125,16 +125,15 @@ def eager(
     for name in ("x", "values", "keys"):
         if name in tensors and (channels_first or x.dim() > 3):
             tensors[name] = tensors[name].flatten(2).transpose(1, 2)
-    single = any(tensors[name].dim() == 2 for name in ("scores", "query") if name in tensors)
+    name = "scores" if "scores" in tensors else "query"
+    single = name in tensors and tensors[name].dim() == 2
     if single:
-        name = "scores" if "scores" in tensors else "query"
         tensors[name] = tensors[name].unsqueeze(1)
     bias = tensors.pop("logit_bias", None)
     e, v = score(**tensors, **options)
     if bias is not None and e.dim() == 4 > bias.dim():
         bias = bias.unsqueeze(1)
-    shown = None if keep is None else keep(e)
-    z, p, lse = attend(e, v, shown, bias, temperature)
+    z, p, lse = attend(e, v, None if keep is None else keep(e), bias, temperature)
     if e.dim() == 4:
         z = z.transpose(1, 2).flatten(2)
         if e.shape[1] == 1:

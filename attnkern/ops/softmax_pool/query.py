@@ -129,8 +129,9 @@ def query_attention_pool(
             z = _project(results[0], results[3], v_weight, v_bias)
         else:
             k, v = _projected(v, k, k_weight, v_weight, v_bias)
-            heads_of = [None if t is None else _split(t.squeeze(1), heads) for t in (v, k)]
-            results = run(op, Inputs(*heads_of, q, c=c), "dot", "tanh", common, rows)
+            keys = None if k is None else _split(k.squeeze(1), heads)
+            i = Inputs(_split(v.squeeze(1), heads), keys, q, c=c)
+            results = run(op, i, "dot", "tanh", common, rows)
             z = results[0]
     z = z.transpose(1, 2).flatten(2)  # [B, M, F]
     return results_of(z, results, common, v.dtype, single, heads > 1)

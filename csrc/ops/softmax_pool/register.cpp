@@ -5,10 +5,6 @@
 
 #include "torch/glue.h"
 
-#if defined(ATTNKERN_WITH_CUDA) && __has_include("ops/softmax_pool/forward.cu")
-#define ATTNKERN_POOL_WITH_CUDA
-#endif
-
 namespace attnkern::softmax_pool {
 namespace {
 
@@ -76,7 +72,7 @@ void launch_cpu(Params& p, const Tensor& x, Workspace workspace_of, Launch launc
   glue::check(launch(p, pool), op);
 }
 
-#ifdef ATTNKERN_POOL_WITH_CUDA
+#ifdef ATTNKERN_WITH_CUDA
 template <class Params, class Workspace, class Launch>
 void launch_cuda(Params& p, const Tensor& x, Workspace workspace_of, Launch launch, const char* op) {
   const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
@@ -104,7 +100,7 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& values, const MaybeTens
   p.z = glue::mutable_or_null(z);
   p.lse = glue::mutable_or_null(lse);
   p.scores_out = glue::mutable_or_null(raw);
-#ifdef ATTNKERN_POOL_WITH_CUDA
+#ifdef ATTNKERN_WITH_CUDA
   if (values.is_cuda()) {
     launch_cuda(p, values, forward_workspace_cuda, launch_forward_cuda, "softmax_pool");
     return {z, lse, raw};
@@ -153,7 +149,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   p.dU = glue::mutable_or_null(dU);
   p.db_U = glue::mutable_or_null(db_U);
   p.dw = glue::mutable_or_null(dw);
-#ifdef ATTNKERN_POOL_WITH_CUDA
+#ifdef ATTNKERN_WITH_CUDA
   if (values.is_cuda())
     launch_cuda(p, values, backward_workspace_cuda, launch_backward_cuda, "softmax_pool backward");
   else
@@ -169,7 +165,7 @@ STABLE_TORCH_LIBRARY_IMPL(attnkern, CPU, m) {
   m.impl("softmax_pool_bwd.native", TORCH_BOX(&backward));
 }
 
-#ifdef ATTNKERN_POOL_WITH_CUDA
+#ifdef ATTNKERN_WITH_CUDA
 STABLE_TORCH_LIBRARY_IMPL(attnkern, CUDA, m) {
   m.impl("softmax_pool_fwd.native", TORCH_BOX(&forward));
   m.impl("softmax_pool_bwd.native", TORCH_BOX(&backward));
