@@ -184,7 +184,9 @@ def formulations():
     return list(found.values())
 
 
-@pytest.mark.parametrize(("subject", "name"), formulations(), ids=str)
+@pytest.mark.parametrize(
+    ("subject", "name"), formulations(), ids=lambda v: v if isinstance(v, str) else v.case.name
+)
 def test_formulations_compute_the_same(subject, name):
     small = shrunk(subject.case)
     tensors = small.inputs(torch.float64)
