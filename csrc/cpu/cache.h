@@ -8,6 +8,14 @@
 
 namespace attnkern::cpu {
 
+inline int64_t l2_bytes() {
+  static const int64_t bytes = [] {
+    const long found = sysconf(_SC_LEVEL2_CACHE_SIZE);
+    return found > 0 ? int64_t{found} : int64_t{1} << 20;
+  }();
+  return bytes;
+}
+
 // The part of the last-level cache that some cores share: glibc adds up a package's, 384 MB on an EPYC of 32 MB parts.
 inline int64_t l3_bytes() {
   static const int64_t bytes = [] {

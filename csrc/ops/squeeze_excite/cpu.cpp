@@ -3,11 +3,10 @@
 // Grouped: a thread takes a few samples through every step while their maps are in its cache. Phased: all threads share
 // each step of a chunk of samples that fits the last-level cache. The order of every sum is the same in both, so
 // results depend neither on the schedule nor on the number of threads.
-#include <unistd.h>
-
 #include <algorithm>
 #include <cstddef>
 
+#include "cpu/cache.h"
 #include "ops/squeeze_excite/cpu_kernels.h"
 
 namespace attnkern::squeeze_excite {
@@ -20,21 +19,6 @@ constexpr int64_t kStreamedRowBytes = 768;
 constexpr int64_t kGrainBytes = 1 << 16;  // of maps a thread should get, 5 us of work against 5 us to wake it
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
-int64_t cache_bytes(int name, int64_t otherwise) {
-  const long bytes = sysconf(name);
-  return bytes > 0 ? bytes : otherwise;
-}
-
-int64_t l2_bytes() {
-  static const int64_t bytes = cache_bytes(_SC_LEVEL2_CACHE_SIZE, 1 << 20);
-  return bytes;
-}
-
-int64_t l3_bytes() {
-  static const int64_t bytes = cache_bytes(_SC_LEVEL3_CACHE_SIZE, 16 << 20);
-  return bytes;
-}
 
 struct Plan {
   bool grouped;
@@ -60,16 +44,17 @@ Plan make_plan(const Inputs& p, int threads, int maps) {
                            : p.w1         ? p.sizes.width * p.sizes.channels
                                           : 0) *
                           size_of(p.weight_dtype);
-  const int64_t share = std::max(l2_bytes(), l3_bytes() / threads / 2);
+  const int64_t share = std::max(cpu::l2_bytes(), cpu::l3_bytes() / threads / 2);
   const int64_t row_bytes = columns(p) * size_of(p.dtype);
   const bool whole_lines = row_bytes % 64 == 0 || row_bytes >= kStreamedRowBytes;
-  const bool stream = whole_lines && map_bytes(p) * batch * 2 > l3_bytes();
+  const bool stream = whole_lines && map_bytes(p) * batch * 2 > cpu::l3_bytes();
   const bool balanced = batch >= 4 * threads || batch % threads == 0;
   if (threads == 1 || (balanced && bytes <= share)) {
-    const int64_t fits = std::max<int64_t>(1, (weights > bytes ? share : l2_bytes() / 2) / std::max<int64_t>(1, bytes));
+    const int64_t fits =
+        std::max<int64_t>(1, (weights > bytes ? share : cpu::l2_bytes() / 2) / std::max<int64_t>(1, bytes));
     return {true, fits, stream};
   }
-  return {false, std::clamp<int64_t>(l3_bytes() / 2 / std::max<int64_t>(1, bytes), 1, std::max<int64_t>(1, batch)),
+  return {false, std::clamp<int64_t>(cpu::l3_bytes() / 2 / std::max<int64_t>(1, bytes), 1, std::max<int64_t>(1, batch)),
           stream};
 }
 
