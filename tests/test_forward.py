@@ -19,7 +19,8 @@ def test_outputs_are_within_the_budget(call, target, dtype, channels_last):
         for inference, training in zip(
             testing.as_tuple(call.run(target, tensors)), got, strict=True
         ):
-            if target.impl == "reference":  # matmul folds other dims where a gradient is wanted
+            projects = call.spec.name == "query_attention_pool"  # by torch, before the kernels
+            if target.impl == "reference" or projects:  # matmul folds other dims for a gradient
                 torch.testing.assert_close(inference, training)
             else:
                 assert torch.equal(inference, training)

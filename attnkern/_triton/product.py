@@ -46,6 +46,22 @@ def product(a, b, acc, EXACT: tl.constexpr):
 
 
 @triton.jit
+def product_in_two(a, b, acc, EXACT: tl.constexpr):
+    """`product` with all bits of a but two: what rounding took is multiplied too.
+
+    For scores, whose error the exponential multiplies: one product alone left the log-sum-exp of float16
+    items 2.1 times as far off as eager's.
+    """
+    if EXACT:
+        out = product(a, b, acc, EXACT)
+    else:
+        high = round_to_tf32(a)
+        low = tl.where(high == a, 0.0, a - high)
+        out = product(low, b, product(high, b, acc, EXACT), EXACT)
+    return out
+
+
+@triton.jit
 def product_of_stored(a, b, acc):
     """acc + a b for a and b of one storage dtype: no product is rounded."""
     if a.dtype == tl.float32 or INTERPRETED:

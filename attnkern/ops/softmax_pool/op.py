@@ -44,19 +44,21 @@ def _bwd_fake(
     need_values, need_keys, need_query, need_weights, need_logits = arguments[16:]
     i = Inputs(*tensors)
     batch, heads, items, _ = i.values.shape
-    nothing = i.values.new_empty(0)
+
+    def nothing() -> Tensor:  # one each: outputs do not share memory
+        return i.values.new_empty(0)
 
     def like(t: Tensor | None, needed: bool) -> Tensor:
-        return torch.empty_like(t) if t is not None and needed else nothing
+        return torch.empty_like(t) if t is not None and needed else nothing()
 
     def accumulated(t: Tensor | None, needed: bool) -> Tensor:
-        return t.new_empty(t.shape, dtype=lse.dtype) if t is not None and needed else nothing
+        return t.new_empty(t.shape, dtype=lse.dtype) if t is not None and needed else nothing()
 
     return (
         like(i.values, need_values),
         like(i.keys, need_keys),
         accumulated(i.query, need_query),
-        lse.new_empty(batch, heads, dz.shape[2], items) if need_logits else nothing,
+        lse.new_empty(batch, heads, dz.shape[2], items) if need_logits else nothing(),
         *(accumulated(t, need_weights) for t in (i.V, i.b_V, i.U, i.b_U, i.w)),
     )
 

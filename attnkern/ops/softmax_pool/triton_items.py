@@ -13,7 +13,7 @@ import triton
 import triton.language as tl
 
 from attnkern._triton.activation import activation
-from attnkern._triton.product import product, sum_rows_of_tile
+from attnkern._triton.product import product, product_in_two, sum_rows_of_tile
 
 
 @triton.jit
@@ -76,7 +76,7 @@ def times_items(
         if BLOCK_M == 1:
             acc += rows * tile
         else:
-            acc = product(rows, tl.trans(tile), acc, EXACT)
+            acc = product_in_two(rows, tl.trans(tile), acc, EXACT)
     return tl.sum(acc, axis=1)[None, :] if BLOCK_M == 1 else acc
 
 

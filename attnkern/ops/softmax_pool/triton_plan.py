@@ -69,6 +69,9 @@ def blocks(i: Inputs, shape: Shape, backward: bool = False) -> dict[str, int]:
         block = {"BLOCK_M": 1, "BLOCK_N": n, "BLOCK_D": d, "BLOCK_K": k}
     else:
         most = (64 if wide else 32) // (2 if backward else 1)
+        # scores and dp of 16-bit items are two products, which at full width spilled 8 to 96 bytes on sm_80
+        twice = i.values.dtype != torch.float32
+        most //= 2 if twice and most > 16 else 1
         d, k = power(shape.features, 16, most), power(shape.units, 16, most)
         warps = 8 if backward and not wide else 4
         block = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": d, "BLOCK_K": k}
