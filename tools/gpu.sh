@@ -7,7 +7,8 @@ set -uo pipefail
 cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 limit=540
-benches=8  # 58 subjects, each with two torch.compile columns
+benches=12  # subjects of two families, each with two torch.compile columns
+emulated="tests/test_simt.py tests/test_triton_interpret.py tests/test_triton_aot.py tests/test_runs.py"  # minutes without a GPU
 stop() { echo "attnkern: $*" >&2; exit 1; }
 
 gpu=$("$python" - <<'P'
@@ -24,7 +25,11 @@ mkdir -p "$state" "$out"
 
 shard_build() { ATTNKERN_CUDA=1 ATTNKERN_CUDA_ARCHITECTURES=$arch "$python" setup.py build_ext --inplace; }
 shard_info() { "$python" -m attnkern info --run; }
-shard_test() { "$python" -m pytest -q -n 4 --dist loadscope tests --ignore tests/test_bench.py --junitxml "$out/tests.xml"; }
+shard_test() {
+  "$python" -m pytest -q -n 6 --dist loadscope tests --ignore tests/test_bench.py \
+    $(printf -- '--ignore %s ' $emulated) --junitxml "$out/tests.xml"
+}
+shard_emulated() { "$python" -m pytest -q -n 8 --dist worksteal $emulated --junitxml "$out/emulated.xml"; }
 
 # A sanitizer counts only after it has found the fault planted for it.
 sanitize() {
@@ -47,8 +52,8 @@ run() {
   local shard=$1 log=$state/$1.log
   [ -e "$log" ] && { echo "== $shard: done before"; return; }
   echo "== $shard"
-  export -f sanitize bench shard_build shard_info shard_test shard_memcheck shard_racecheck shard_initcheck shard_synccheck
-  export python arch state out benches
+  export -f sanitize bench shard_build shard_info shard_test shard_emulated shard_memcheck shard_racecheck shard_initcheck shard_synccheck
+  export python arch state out benches emulated
   local command=shard_$shard
   case $shard in bench-*) command="bench ${shard#bench-}" ;; esac
   if timeout $limit bash -c "$command" 2>&1 | tee "$log.part"; then mv "$log.part" "$log"; else
@@ -58,7 +63,7 @@ run() {
   fi
 }
 
-shards="build info test memcheck racecheck initcheck synccheck $(seq -f 'bench-%g' $benches)"
+shards="build info test emulated memcheck racecheck initcheck synccheck $(seq -f 'bench-%g' $benches)"
 for shard in ${1:-$shards}; do
   run "$shard"
   [ "$shard" = build ] && [ -n "${failed:-}" ] && break
