@@ -28,7 +28,7 @@ STYLE = {
     "text.color": INK,
     "svg.hashsalt": "attnkern",
 }
-LAYOUT = {"channels_first": "", "channels_last": " channels_last"}
+LAYOUT = {"channels_last": " channels_last"}
 
 
 def svg(figure: Any) -> str:
@@ -44,7 +44,7 @@ def svg(figure: Any) -> str:
 
 
 def _label(row: Mapping[str, Any]) -> str:
-    return f"{row['case']} {row['dtype']}{LAYOUT[row['layout']]}"
+    return f"{row['case']} {row['dtype']}{LAYOUT.get(row['layout'], '')}"
 
 
 def speedups(rows: list[Mapping[str, Any]], which: str, targets: list[Any]) -> Any:

@@ -22,7 +22,7 @@ from attnkern import _select, testing
 from attnkern.ops.softmax_pool.cases import case as softmax_pool_case
 from attnkern.ops.squeeze_excite.cases import case
 from bench import __main__ as cli
-from bench import clock, gate, machine, models, results, rows, runner, screen
+from bench import clock, gate, machine, models, report, results, rows, runner, screen
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU = torch.device("cpu")
@@ -602,3 +602,18 @@ def test_gate_on_a_network_that_ignores_its_se_is_red():
     forward, training = models.measure(Inert("timm", "inert"), SETTINGS)
     for row in (forward, training):
         assert "do not depend on the SE modules" in row["gate"]["ours"]["why"]
+
+
+@pytest.mark.parametrize(
+    "path",
+    sorted((Path(__file__).parents[1] / "bench/results").glob("*/results.json")),
+    ids=lambda p: p.parent.name,
+)
+def test_published_results_make_a_report(path, tmp_path):
+    """Every kind of row that has been published: layouts, families, rows without torch.compile."""
+    published = json.loads(path.read_text())
+    targets = [t for bench in rows.benches().values() for t in bench.targets["cpu"]]
+    report.write(published, targets, tmp_path / "report.html")
+    text = (tmp_path / "report.html").read_text()
+    for row in published["kernels"]:
+        assert row["case"] in text
