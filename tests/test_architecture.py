@@ -276,7 +276,7 @@ def _public():
 
 
 @pytest.mark.parametrize(
-    ("name", "value"), _public(), ids=lambda v: v if isinstance(v, str) else ""
+    ("name", "value"), list(_public()), ids=lambda v: v if isinstance(v, str) else ""
 )
 def test_public_names_have_an_example_that_runs(name, value):
     timm = pytest.importorskip("timm") if name == "attnkern.optimize" else None

@@ -88,7 +88,7 @@ struct Thread {
 
 struct Warp {
   uint32_t fragments[32][6];  // of a matrix product under way
-  uint32_t synced = 0;  // tick of the last barrier
+  uint32_t synced = 0;        // tick of the last barrier
   int arrived = 0;
 };
 

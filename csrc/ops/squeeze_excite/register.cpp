@@ -193,8 +193,7 @@ Tensor squeeze(const Tensor& x) {
   const Layout layout = layout_of(x);
   const Sizes sizes{x.size(0), x.size(1), positions(x), 0, x.size(1)};
   const DType dtype = glue::dtype_of(x);
-  Tensor mean =
-      glue::empty(x, std::array<int64_t, 2>{sizes.batch, sizes.channels}, glue::accumulation_scalar(x));
+  Tensor mean = glue::empty(x, std::array<int64_t, 2>{sizes.batch, sizes.channels}, glue::accumulation_scalar(x));
   void* out = glue::mutable_or_null(mean);
   if (x.is_cuda()) {
 #ifdef ATTNKERN_WITH_CUDA
