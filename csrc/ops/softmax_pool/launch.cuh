@@ -2,6 +2,7 @@
 #pragma once
 
 #include "cuda/launch.cuh"
+#include "cuda/visit.cuh"
 #include "ops/softmax_pool/product.cuh"
 
 namespace attnkern::softmax_pool {
@@ -18,21 +19,6 @@ struct Carver {
     return at;
   }
 };
-
-// f(T{}) with the element type.
-template <class F>
-Status visit_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::float32:
-      return f(float{});
-    case DType::bfloat16:
-      return f(bfloat16{});
-    case DType::float16:
-      return f(float16{});
-    default:
-      return {"CUDA kernels serve float32, bfloat16 and float16"};
-  }
-}
 
 // f(T{}, scorer) with the scorer that the plan chose.
 template <class F>

@@ -6,6 +6,7 @@
 #include <algorithm>
 #include <cstddef>
 
+#include "cpu/arena.h"
 #include "cpu/cache.h"
 #include "ops/squeeze_excite/cpu_kernels.h"
 
@@ -57,22 +58,6 @@ Plan make_plan(const Inputs& p, int threads, int maps) {
   return {false, std::clamp<int64_t>(cpu::l3_bytes() / 2 / std::max<int64_t>(1, bytes), 1, std::max<int64_t>(1, batch)),
           stream};
 }
-
-// Hands out the workspace; with no base it only counts.
-class Arena {
- public:
-  explicit Arena(void* base) : base_(static_cast<std::byte*>(base)) {}
-  void* take(int64_t elements, int64_t size) {
-    void* p = base_ ? base_ + used_ : nullptr;
-    used_ += ceil_div(elements * size, 64) * 64;
-    return p;
-  }
-  size_t used() const { return static_cast<size_t>(used_); }
-
- private:
-  std::byte* base_;
-  int64_t used_ = 0;
-};
 
 // One operator call: kernels, threads and what forward and backward share.
 template <class Params>
@@ -144,12 +129,12 @@ struct ForwardCall : Call<ForwardParams> {
   Coefficients out;
 
   size_t carve(void* workspace) {
-    Arena arena(workspace);
+    cpu::Arena arena(workspace);
     a = arena.take(p.sizes.batch * p.sizes.hidden, size);
     out.s = arena.take(p.sizes.batch * p.sizes.channels, size);
     out.t = arena.take(p.sizes.batch * p.sizes.channels, size);
     part = arena.take(part_elements(p, plan), size);
-    return arena.used();
+    return static_cast<size_t>(arena.used());
   }
 
   void grouped(Range samples) const {
@@ -212,12 +197,12 @@ struct BackwardCall : Call<BackwardParams> {
 
   size_t carve(void* workspace) {
     const Sizes& n = p.sizes;
-    Arena arena(workspace);
+    cpu::Arena arena(workspace);
     for (void** array : {&vx, &v, &u.s, &u.t, &dx.s, &dx.t}) *array = arena.take(n.batch * n.channels, size);
     dz = p.w1 || !p.dsrc ? arena.take(n.batch * n.width, size) : p.dsrc;
     for (void** array : {&da, &dh, &a}) *array = arena.take(n.batch * n.hidden, size);
     for (void** array : {&part_vx, &part_v}) *array = arena.take(part_elements(p, plan), size);
-    return arena.used();
+    return static_cast<size_t>(arena.used());
   }
 
   bool wants_weights() const { return p.dw1 || p.db1 || p.dw2 || p.db2 || p.dact_weight; }

@@ -5,6 +5,7 @@
 #include <mutex>
 
 #include "cuda/launch.cuh"
+#include "cuda/visit.cuh"
 #include "ops/squeeze_excite/kernels.cuh"
 #include "ops/squeeze_excite/product.cuh"
 
@@ -74,33 +75,14 @@ Status launch_resident(const typename StageOf<T, last>::Params& p, const Plan& p
 // f(T{}, layout) with the element type and, as a type, whether channels are last.
 template <class F>
 Status visit_map(DType dtype, Layout layout, const F& f) {
-  const auto with_type = [&](auto kind) {
+  return visit_type(dtype, [&](auto kind) {
     return layout == Layout::channels_last ? f(kind, std::true_type{}) : f(kind, std::false_type{});
-  };
-  switch (dtype) {
-    case DType::float32:
-      return with_type(float{});
-    case DType::bfloat16:
-      return with_type(bfloat16{});
-    case DType::float16:
-      return with_type(float16{});
-    default:
-      return {"CUDA kernels serve float32, bfloat16 and float16"};
-  }
+  });
 }
 
 template <class F>
 Status visit_weight_type(DType dtype, const F& f) {
-  switch (dtype) {
-    case DType::float32:
-      return f(float{});
-    case DType::bfloat16:
-      return f(bfloat16{});
-    case DType::float16:
-      return f(float16{});
-    default:
-      return {"CUDA kernels serve weights of float32, bfloat16 and float16"};
-  }
+  return visit_type(dtype, f, "CUDA kernels serve weights of float32, bfloat16 and float16");
 }
 
 // out = in W^T + bias, W [out, in].
