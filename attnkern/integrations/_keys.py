@@ -18,7 +18,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import TensorWeakRef, WeakTensorKeyDictionary
 
-from attnkern import _select
+from attnkern import _autocast, _select
 
 
 class _Entry(NamedTuple):
@@ -70,7 +70,7 @@ def _countable(x: Tensor, *weights: Tensor | None) -> bool:
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
         or _select.transforming()
-        or torch.is_autocast_enabled(x.device.type)
+        or _autocast.enabled(x)
         or any(
             t is not None and (type(t) not in (Tensor, nn.Parameter) or t.is_inference())
             for t in (x, *weights)

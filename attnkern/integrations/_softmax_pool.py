@@ -13,7 +13,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from attnkern import _activations
+from attnkern import _activations, _autocast
 from attnkern.integrations._children import (
     altered,
     inlinable,
@@ -45,18 +45,10 @@ def _accepts(x: Any, weights: list[Tensor]) -> bool:
         # sharded and quantised parameters are wrapper subclasses; their layers know them
         if type(t) not in _TENSORS and hasattr(type(t), "__tensor_flatten__"):
             return False
-    low = lowers_to(x)
+    low = _autocast.lowers_to(x)
     if low is None:
         return x.dtype == weights[0].dtype
     return {x.dtype, weights[0].dtype} <= {torch.float32, low}
-
-
-def lowers_to(x: Tensor) -> torch.dtype | None:
-    """What autocast lowers x to before a product; None where it does not."""
-    device = x.device.type
-    if x.dtype != torch.float64 and torch.amp.is_autocast_available(device):
-        return torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
-    return None
 
 
 def dropping(module: nn.Module) -> bool:

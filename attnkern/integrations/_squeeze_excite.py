@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnkern import _activations
+from attnkern import _activations, _autocast
 from attnkern.integrations._children import altered, inlinable, refuse_conv, say_once
 from attnkern.ops.squeeze_excite.module import weight_and_bias
 from attnkern.ops.squeeze_excite.op import squeeze_excite
@@ -84,9 +84,7 @@ def accepts(x: Any, arguments: Arguments) -> bool:
             return False
     if x.dtype == weight.dtype and x.dtype in (torch.float32, torch.float64):
         return True
-    device = x.device.type
-    if torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device):
-        low = torch.get_autocast_dtype(device)
+    if low := _autocast.lowers_to(x):
         return x.dtype in (torch.float32, low) and weight.dtype in (torch.float32, x.dtype)
     return x.dtype == weight.dtype
 

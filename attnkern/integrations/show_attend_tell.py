@@ -7,7 +7,7 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from attnkern import _activations
+from attnkern import _activations, _autocast
 from attnkern.integrations import Rule, _keys, _softmax_pool
 from attnkern.integrations._children import altered, refuse_child, refuse_linear
 from attnkern.integrations._structure import has
@@ -71,9 +71,7 @@ def attention(module: Any, encoder_out: Any, decoder_hidden: Any, *, impl: str) 
         return_weights=True,
         impl=impl,
     )
-    if low := _softmax_pool.lowers_to(
-        x
-    ):  # what autocast gives a softmax, and then a product with x
+    if low := _autocast.lowers_to(x):  # what autocast gives a softmax, and then a product with x
         alpha = alpha.to(torch.float32 if x.is_cuda else low)
         context = context.to(torch.promote_types(x.dtype, alpha.dtype))
     return context, alpha

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from attnkern import _checks, _select
+from attnkern import _autocast, _checks, _select
 from attnkern.ops.softmax_pool.reference import ACTS, accumulation_dtype
 
 DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
@@ -25,9 +25,8 @@ def items_of(
     """
     _checks.tensor(op, name, x)
     _checks.strided(op, name, x)
-    device = x.device.type
-    if x.dtype == torch.float32 and device in ("cpu", "cuda") and torch.is_autocast_enabled(device):
-        x = x.to(torch.get_autocast_dtype(device))
+    if x.dtype == torch.float32 and (low := _autocast.lowers_to(x)):
+        x = x.to(low)
     _checks.dtype(op, name, x, DTYPES if like is None else (like.dtype,))
     if like is not None:
         _checks.device(op, name, x, like, "values")

@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import contextlib
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnkern import _library, _select
+from attnkern import _autocast, _library, _select
 from attnkern.ops.softmax_pool import reference
 from attnkern.ops.softmax_pool.reference import Inputs, Options, accumulation_dtype
 
@@ -113,7 +112,7 @@ class _Pool(torch.autograd.Function):
         delta = product if dlse is None else product - dlse
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph=True: the same formulas in differentiable PyTorch, for double backward
-            with full_precision(i.values):
+            with _autocast.full_precision(i.values):
                 grads = reference.backward(dz, delta, dscores, i, lse, options)
         else:
             dscores = None if dscores is None else dscores.contiguous()
@@ -184,7 +183,7 @@ def pool(
     }
     i = i._replace(**small)
     if impl == "reference":
-        with full_precision(i.values):
+        with _autocast.full_precision(i.values):
             return reference.forward(i, options)
     i = i._replace(
         values=readable(i.values),
@@ -204,10 +203,3 @@ def readable(x: Tensor) -> Tensor:
     rows = (features == 1 or feature_stride == 1) and (items == 1 or item_stride >= features)
     columns = (items == 1 or item_stride == 1) and (features == 1 or feature_stride >= items)
     return x if rows or columns else x.contiguous()
-
-
-def full_precision(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Keeps autocast out of the reference: scores and sums are in float32 as in the kernels."""
-    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()

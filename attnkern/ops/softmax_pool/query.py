@@ -8,10 +8,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnkern import _checks
+from attnkern import _autocast, _checks
 from attnkern.ops.softmax_pool import checks
 from attnkern.ops.softmax_pool.call import Common, bags_of, results_of, run
-from attnkern.ops.softmax_pool.op import full_precision
 from attnkern.ops.softmax_pool.reference import Inputs, accumulation_dtype
 
 
@@ -118,7 +117,7 @@ def query_attention_pool(
     folded = few and keys is None and (k_weight is not None or v_weight is not None)
     scale = (width // heads) ** -0.5 if scale is None else float(scale)
     rows = (bags, heads, queries)
-    with full_precision(v):
+    with _autocast.full_precision(v):
         q = _split(q.to(accumulation_dtype(v.dtype)) * scale, heads)  # [B or 1, H, M, E/H]
         c = None
         if k_bias is not None:

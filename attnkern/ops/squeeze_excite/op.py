@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import contextlib
 import math
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from attnkern import _layout, _library, _select
+from attnkern import _autocast, _layout, _library, _select
 from attnkern.ops.squeeze_excite import reference
 from attnkern.ops.squeeze_excite.checks import check_call, check_map, logits_width
 from attnkern.ops.squeeze_excite.reference import MASKED_OUT_ACTS, Options, accumulation_dtype
@@ -150,7 +149,7 @@ class _SqueezeExcite(torch.autograd.Function):
                 if mask.numel()
                 else None
             )
-            with _full_precision(x):
+            with _autocast.full_precision(x):
                 grads: tuple[Tensor | None, ...] = reference.backward(
                     *(dy, dlogits, *inputs, options, bits)
                 )
@@ -339,7 +338,7 @@ def _run(
     if drop_path is not None:
         drop_path = drop_path.flatten().to(accumulation_dtype(x.dtype)).contiguous()
     if impl == "reference":
-        with _full_precision(x):
+        with _autocast.full_precision(x):
             return reference.forward(
                 x, src, w1, b1, w2, b2, act_weight, residual, drop_path, options
             )
@@ -356,13 +355,6 @@ def _run(
         return _SqueezeExcite.apply(impl, options, *tensors)
     y, _, _, logits, _ = squeeze_excite_fwd[impl](*tensors, *options, False)
     return y, logits
-
-
-def _full_precision(x: Tensor) -> contextlib.AbstractContextManager[None]:
-    """Keeps autocast out of the reference: everything of size [B, C] is in float32 as in the kernels."""
-    if x.device.type in ("cpu", "cuda") and torch.is_autocast_enabled(x.device.type):
-        return torch.autocast(x.device.type, enabled=False)
-    return contextlib.nullcontext()
 
 
 # ------------------------------------------------------------------ user checks
