@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import math
 import sys
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
 import torch
 from torch import Tensor
+
+DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+"""What a map can be."""
 
 
 def fail(op: str, argument: str, expected: str, given: object) -> NoReturn:
@@ -48,3 +52,37 @@ def strided(op: str, argument: str, value: Tensor) -> None:
 def device(op: str, argument: str, value: Tensor, like: Tensor, like_name: str = "x") -> None:
     if value.device != like.device:
         fail(op, argument, f"be on the device of {like_name} ({like.device})", value.device)
+
+
+def operand(
+    op: str,
+    argument: str,
+    value: Any,
+    like: Tensor,
+    *,
+    like_name: str = "x",
+    dtypes: Sequence[torch.dtype] | None = None,
+) -> None:
+    """A strided Tensor on the device of ``like``, of its dtype or float32 unless ``dtypes`` says which."""
+    tensor(op, argument, value)
+    strided(op, argument, value)
+    dtype(op, argument, value, (like.dtype, torch.float32) if dtypes is None else dtypes)
+    device(op, argument, value, like, like_name)
+
+
+def shape(
+    op: str, argument: str, value: Tensor, *sizes: int | str | tuple[str, int], note: str = ""
+) -> None:
+    """``value`` has these sizes, then only ones, as a 1x1 convolution's weight has.
+
+    A size is a number, a number with its name (("C", 8), shown as C=8), or the name of any number
+    but 0; ``note`` ends what is expected.
+    """
+    given, trailing = value.shape[: len(sizes)], value.shape[len(sizes) :]
+    fits = len(given) == len(sizes) and math.prod(trailing) == 1
+    for size, wanted in zip(given, sizes, strict=False):
+        count = wanted[1] if isinstance(wanted, tuple) else wanted
+        fits = fits and (size > 0 if isinstance(count, str) else size == count)
+    if not fits:
+        shown = (f"{s[0]}={s[1]}" if isinstance(s, tuple) else str(s) for s in sizes)
+        fail(op, argument, f"have shape [{', '.join(shown)}]{note}", list(value.shape))

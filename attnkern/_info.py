@@ -9,8 +9,8 @@ from typing import Any
 import torch
 
 from attnkern import _native, _select, testing
+from attnkern._checks import DTYPES
 
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 IMPLS = _select.IMPLS[1:]
 
 

@@ -17,8 +17,7 @@ import torch
 import torch._inductor.decomposition  # torch 2.11 cannot import it for the first time during an export
 
 from attnkern import _native, _select, testing
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
+from attnkern._checks import DTYPES
 
 
 @dataclass(frozen=True)

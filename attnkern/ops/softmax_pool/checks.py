@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 from itertools import pairwise
 from typing import Any
 
@@ -12,8 +11,6 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from attnkern import _autocast, _checks, _select
 from attnkern.ops.softmax_pool.reference import ACTS, accumulation_dtype
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def items_of(
@@ -27,7 +24,7 @@ def items_of(
     _checks.strided(op, name, x)
     if x.dtype == torch.float32 and (low := _autocast.lowers_to(x)):
         x = x.to(low)
-    _checks.dtype(op, name, x, DTYPES if like is None else (like.dtype,))
+    _checks.dtype(op, name, x, _checks.DTYPES if like is None else (like.dtype,))
     if like is not None:
         _checks.device(op, name, x, like, "values")
     if offsets is not None:
@@ -80,17 +77,14 @@ def per_row(
     values: Tensor,
     rows: tuple[int, int, int],
     ragged: bool,
-    dtypes: tuple[torch.dtype, ...],
+    dtypes: tuple[torch.dtype, ...] | None = None,
     exact: bool = False,
 ) -> Tensor:
     """A mask, bias or scores tensor [B, N], [B, M, N] or [B, H, M, N] as [B, H, M, N].
 
     Sizes of 1 broadcast unless ``exact``; with offsets there is no B.
     """
-    _checks.tensor(op, name, t)
-    _checks.strided(op, name, t)
-    _checks.dtype(op, name, t, dtypes)
-    _checks.device(op, name, t, values, "values")
+    _checks.operand(op, name, t, values, like_name="values", dtypes=dtypes)
     batch, heads, queries = (1, *rows[1:]) if ragged else rows
     items = values.shape[2]
     full = t.unsqueeze(0) if ragged else t
@@ -116,8 +110,7 @@ def logit_bias(
     acc = accumulation_dtype(values.dtype)
     full = None
     if bias is not None:
-        dtypes = (values.dtype, torch.float32)
-        full = per_row(op, "bias", bias, values, rows, ragged, dtypes).to(acc)
+        full = per_row(op, "bias", bias, values, rows, ragged).to(acc)
     if mask is None:
         return full
     keep = per_row(op, "mask", mask, values, rows, ragged, (torch.bool,))
@@ -142,22 +135,10 @@ def queries_of(op: str, query: Any, values: Tensor, bags: int, width: int) -> Te
 
 
 def small(op: str, name: str, t: Any, values: Tensor, *shape: int | str) -> None:
-    """A parameter: x's dtype or float32, on its device, of this shape (a name stands for any size > 0).
-
-    Trailing sizes of 1, as a 1x1 convolution has, are allowed.
-    """
-    _checks.tensor(op, name, t)
-    _checks.strided(op, name, t)
-    _checks.dtype(op, name, t, (values.dtype, torch.float32))
-    _checks.device(op, name, t, values, "values")
-    if not shape:
-        return
-    given, trailing = t.shape[: len(shape)], t.shape[len(shape) :]
-    fits = len(given) == len(shape) and math.prod(trailing) == 1
-    for size, wanted in zip(given, shape, strict=False):
-        fits = fits and (size > 0 if isinstance(wanted, str) else size == wanted)
-    if not fits:
-        _checks.fail(op, name, f"have shape [{', '.join(map(str, shape))}]", list(t.shape))
+    """A parameter: values' dtype or float32, on their device, of this shape where one is given."""
+    _checks.operand(op, name, t, values, like_name="values")
+    if shape:
+        _checks.shape(op, name, t, *shape)
 
 
 def check_options(op: str, act: str, temperature: float) -> None:

@@ -71,8 +71,7 @@ def softmax_pool(
     ragged = offsets is not None
     single = scores.dim() == 2 - ragged
     rows = (bags_of(op, v, offsets), 1, scores.shape[-2] if scores.dim() > 1 and not single else 1)
-    kinds = (v.dtype, torch.float32)
-    e = checks.per_row(op, "scores", scores, v, rows, ragged, kinds, exact=True)
+    e = checks.per_row(op, "scores", scores, v, rows, ragged, exact=True)
     results = run(op, Inputs(v, scores=e), "given", "tanh", common, rows)
     return results_of(results[0].squeeze(1), results, common, v.dtype, single)
 
@@ -284,7 +283,7 @@ def merge_pools(z: Tensor, lse: Tensor) -> tuple[Tensor, Tensor]:
     op = "merge_pools"
     _checks.tensor(op, "z", z)
     _checks.tensor(op, "lse", lse)
-    _checks.dtype(op, "z", z, checks.DTYPES)
+    _checks.dtype(op, "z", z, _checks.DTYPES)
     _checks.dtype(op, "lse", lse, (accumulation_dtype(z.dtype),))
     _checks.device(op, "lse", lse, z, "z")
     if z.dim() < 2 or z.shape[0] == 0:

@@ -2,16 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from attnkern import _checks
 from attnkern.ops.squeeze_excite.reference import ACTS, APPLIES, GATES, OUT_ACTS, Options
-
-DTYPES = (torch.float32, torch.bfloat16, torch.float16, torch.float64)
 
 
 def check_call(op: str, o: Options, tensors: tuple[Any, ...]) -> None:
@@ -30,7 +26,7 @@ def logits_width(channels: int, apply: str) -> int:
 def check_map(op: str, x: Any) -> None:
     _checks.tensor(op, "x", x)
     _checks.strided(op, "x", x)
-    _checks.dtype(op, "x", x, DTYPES)
+    _checks.dtype(op, "x", x, _checks.DTYPES)
     if not 3 <= x.dim() <= 5:
         _checks.fail(op, "x", "have shape [B, C, *spatial] with 1 to 3 spatial dims", list(x.shape))
     for axis, size in enumerate(x.shape[1:], 1):
@@ -79,7 +75,7 @@ def _check_mlp(
             f"act={o.act!r} and {type(act_weight).__name__}",
         )
     if src is not None:
-        _check_small(op, src_name, src, x, (x.dtype, torch.float32))
+        _checks.operand(op, src_name, src, x)
         inputs = width if w1 is None else channels
         if src.shape[:2] != (x.shape[0], inputs) or src.numel() != x.shape[0] * inputs:
             _checks.fail(op, src_name, f"have shape [B={x.shape[0]}, {inputs}]", list(src.shape))
@@ -90,31 +86,15 @@ def _check_mlp(
     weights = {"w1": w1, "b1": b1, "w2": w2, "b2": b2, "act_weight": act_weight}
     for name, value in weights.items():
         if value is not None:
-            _check_small(op, name, value, x, (x.dtype, torch.float32))
+            _checks.operand(op, name, value, x)
             if value.dtype != w1.dtype:
                 _checks.fail(op, name, f"have the dtype of w1 ({w1.dtype})", value.dtype)
     hidden = width if w2 is None else w1.shape[0] if w1.dim() else 0
-    rows = {"w1": (hidden, channels), "w2": (width, hidden)}
-    wide = "2C" if o.apply == "scale_shift" else "C"
-    symbols = {"w1": (wide if w2 is None else "R", "C"), "w2": (wide, "R")}
-    for name, (out, inner) in rows.items():
-        value = weights[name]
-        if value is None:
-            continue
-        if (
-            value.dim() < 2
-            or tuple(value.shape[:2]) != (out, inner)
-            or math.prod(value.shape[2:]) != 1
-            or 0 in value.shape
-        ):
-            free = name == "w1" and w2 is not None
-            left = "R" if free else f"{symbols[name][0]}={out}"
-            _checks.fail(
-                op,
-                name,
-                f"have shape [{left}, {symbols[name][1]}={inner}] (and trailing ones)",
-                list(value.shape),
-            )
+    wide = ("2C" if o.apply == "scale_shift" else "C", width)
+    first = wide if w2 is None else "R"
+    _checks.shape(op, "w1", w1, first, ("C", channels), note=" (and trailing ones)")
+    if w2 is not None:
+        _checks.shape(op, "w2", w2, wide, ("R", hidden), note=" (and trailing ones)")
     for name, size in (("b1", hidden), ("b2", width)):
         value = weights[name]
         if value is not None and tuple(value.shape) != (size,):
@@ -123,24 +103,15 @@ def _check_mlp(
         _checks.fail(op, "act_weight", f"have shape [1] or [R={hidden}]", list(act_weight.shape))
 
 
-def _check_small(
-    op: str, name: str, value: Any, x: Tensor, dtypes: tuple[torch.dtype, ...]
-) -> None:
-    _checks.tensor(op, name, value)
-    _checks.strided(op, name, value)
-    _checks.dtype(op, name, value, dtypes)
-    _checks.device(op, name, value, x)
-
-
 def _check_epilogue(op: str, x: Tensor, residual: Any, drop_path: Any) -> None:
     if residual is not None:
-        _check_small(op, "residual", residual, x, (x.dtype,))
+        _checks.operand(op, "residual", residual, x, dtypes=(x.dtype,))
         if residual.shape != x.shape:
             _checks.fail(
                 op, "residual", f"have the shape of x {list(x.shape)}", list(residual.shape)
             )
     if drop_path is not None:
-        _check_small(op, "drop_path", drop_path, x, (x.dtype, torch.float32))
+        _checks.operand(op, "drop_path", drop_path, x)
         if (
             drop_path.dim() == 0
             or drop_path.shape[0] != x.shape[0]
