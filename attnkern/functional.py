@@ -1,5 +1,6 @@
 """The operators as functions."""
 
+from attnkern.ops.attention_gate import BatchNorm, attention_gate
 from attnkern.ops.softmax_pool import (
     additive_attention_pool,
     context_attention_pool,
@@ -11,7 +12,9 @@ from attnkern.ops.softmax_pool import (
 from attnkern.ops.squeeze_excite import excite, squeeze, squeeze_excite
 
 __all__ = [
+    "BatchNorm",
     "additive_attention_pool",
+    "attention_gate",
     "context_attention_pool",
     "excite",
     "gated_attention_pool",

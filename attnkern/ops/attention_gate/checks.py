@@ -1,0 +1,142 @@
+"""What a call of attention_gate must be, from metadata alone; errors name the argument."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import Tensor
+
+from attnkern import _checks
+from attnkern.ops.attention_gate.norm import BatchNorm
+from attnkern.ops.attention_gate.reference import ACTS, TARGETS
+
+OP = "attention_gate"
+GATES = ("sigmoid", "softmax")
+UPSAMPLINGS = {1: ("nearest", "linear"), 2: ("nearest", "bilinear"), 3: ("nearest", "trilinear")}
+"""By the number of spatial dims, as ``F.interpolate`` names them."""
+
+
+def check_maps(x: Any, g: Any) -> None:
+    for name, t in (("x", x), ("g", g)):
+        _checks.tensor(OP, name, t)
+        dtypes = _checks.DTYPES if t is x else (x.dtype,)
+        _checks.operand(OP, name, t, x, dtypes=dtypes)
+        if not 3 <= t.dim() <= 5:
+            wanted = "have shape [B, C, *spatial] with 1 to 3 spatial dims"
+            _checks.fail(OP, name, wanted, list(t.shape))
+        for axis, size in enumerate(t.shape[1:], 1):
+            if size == 0:
+                _checks.fail(OP, name, f"have at least one element along dim {axis}", list(t.shape))
+    if g.dim() != x.dim() or g.shape[0] != x.shape[0]:
+        wanted = f"have x's batch and number of dims, [B={x.shape[0]}, G, *{x.dim() - 2} spatial]"
+        _checks.fail(OP, "g", wanted, list(g.shape))
+
+
+def kernel_of(x: Tensor, theta_weight: Any) -> tuple[int, ...]:
+    """theta's kernel, which is its stride: a weight [F, C, *kernel], or [F, C] for 1x1."""
+    dims = x.dim() - 2
+    _checks.operand(OP, "theta_weight", theta_weight, x)
+    shape = list(theta_weight.shape)
+    if len(shape) not in (2, 2 + dims) or shape[1] != x.shape[1] or 0 in shape:
+        wanted = f"have shape [F, C={x.shape[1]}] or [F, C={x.shape[1]}, *{dims} kernel sizes]"
+        _checks.fail(OP, "theta_weight", wanted, shape)
+    kernel = tuple(shape[2:]) or (1,) * dims
+    for size, k in zip(x.shape[2:], kernel, strict=True):
+        if size < k:
+            _checks.fail(OP, "theta_weight", f"fit into x {list(x.shape)}", shape)
+    return kernel
+
+
+def check_weights(
+    x: Tensor,
+    g: Tensor,
+    hidden: int,
+    theta_bias: Any,
+    phi_weight: Any,
+    phi_bias: Any,
+    psi_weight: Any,
+    psi_bias: Any,
+    out_weight: Any,
+    out_bias: Any,
+    target_channels: int,
+) -> None:
+    wide = ("F", hidden)
+    _weight("phi_weight", phi_weight, x, wide, ("G", g.shape[1]))
+    one_row = isinstance(psi_weight, Tensor) and psi_weight.dim() == 1
+    _weight("psi_weight", psi_weight, x, *((wide,) if one_row else (1, wide)))
+    sizes: dict[str, tuple[Any, Any]] = {
+        "theta_bias": (theta_bias, wide),
+        "phi_bias": (phi_bias, wide),
+        "psi_bias": (psi_bias, 1),
+    }
+    for name, (t, size) in sizes.items():
+        if t is not None:
+            _weight(name, t, x, size)
+    if out_weight is None:
+        if out_bias is not None:
+            _checks.fail(OP, "out_bias", "be None when out_weight is None", "a tensor")
+        return
+    _weight("out_weight", out_weight, x, "O", ("C", target_channels))
+    if out_bias is not None:
+        _weight("out_bias", out_bias, x, out_weight.shape[0])
+
+
+def _weight(name: str, t: Any, x: Tensor, *sizes: int | str | tuple[str, int]) -> None:
+    _checks.operand(OP, name, t, x)
+    _checks.shape(OP, name, t, *sizes)
+
+
+def check_options(
+    x: Tensor, act: str, act_slope: Any, gate: str, upsample: Any, target: str
+) -> None:
+    _checks.choice(OP, "act", act, ACTS)
+    _checks.number(OP, "act_slope", act_slope, minimum=0)
+    _checks.choice(OP, "gate", gate, GATES)
+    _checks.choice(OP, "target", target, TARGETS)
+    if upsample is not None:
+        _checks.choice(OP, "upsample", upsample, UPSAMPLINGS[x.dim() - 2])
+
+
+def check_grids(
+    g: Tensor, grid: tuple[int, ...], wanted: tuple[int, ...], upsample: str | None
+) -> None:
+    """``grid`` is the logits', ``wanted`` that of the map they gate."""
+    if upsample is not None:
+        return
+    if tuple(g.shape[2:]) != grid:
+        given = f"{list(g.shape)} and upsample=None"
+        _checks.fail(OP, "g", f"lie on theta's grid {list(grid)} or be upsampled to it", given)
+    if grid != wanted:
+        expected = (
+            f"be given: the gate on theta's grid {list(grid)} multiplies a map on {list(wanted)}"
+        )
+        _checks.fail(OP, "upsample", expected, None)
+
+
+def check_norm(name: str, norm: Any, x: Tensor, size: int, values: int) -> None:
+    """``values`` is the number of values of a channel in the batch, ``size`` that of channels."""
+    if norm is None:
+        return
+    if not isinstance(norm, BatchNorm):
+        raise TypeError(f"{OP}: {name} must be a BatchNorm or None, got {type(norm).__name__}")
+    _checks.number(OP, f"{name}.momentum", norm.momentum, minimum=0)
+    _checks.number(OP, f"{name}.eps", norm.eps, minimum=0)
+    if (norm.running_mean is None) != (norm.running_var is None):
+        _checks.fail(OP, f"{name}.running_var", "be given exactly with running_mean", "one alone")
+    for field in ("running_mean", "running_var", "weight", "bias"):
+        t = getattr(norm, field)
+        if t is not None:
+            _weight(f"{name}.{field}", t, x, size)
+    if norm.over_batch and values == 1:
+        # torch's own words
+        raise ValueError(
+            f"{OP}: {name}: Expected more than 1 value per channel when training, got 1 "
+            f"(x has shape {list(x.shape)})"
+        )
+
+
+def check_out_norm(norm: Any, x: Tensor, out_weight: Tensor | None, values: int) -> None:
+    if norm is not None and out_weight is None:
+        _checks.fail(OP, "out_norm", "be None when out_weight is None", type(norm).__name__)
+    if out_weight is not None:
+        check_norm("out_norm", norm, x, out_weight.shape[0], values)

@@ -1,0 +1,277 @@
+"""The public function: a user's gate to normal form, the operator, and the results to the user's shapes."""
+
+from __future__ import annotations
+
+import math
+from typing import Any, NamedTuple
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from attnkern import _autocast, _select
+from attnkern.ops.attention_gate import checks, op
+from attnkern.ops.attention_gate.norm import BatchNorm, coefficients, fold, track
+from attnkern.ops.attention_gate.reference import Inputs, Options, accumulation_dtype
+from attnkern.ops.attention_gate.resample import taps
+
+
+def attention_gate(
+    x: Tensor,
+    g: Tensor,
+    theta_weight: Tensor,
+    theta_bias: Tensor | None,
+    phi_weight: Tensor,
+    phi_bias: Tensor | None,
+    psi_weight: Tensor,
+    psi_bias: Tensor | None = None,
+    *,
+    theta_norm: BatchNorm | None = None,
+    phi_norm: BatchNorm | None = None,
+    psi_norm: BatchNorm | None = None,
+    act: str = "relu",
+    act_slope: float = 0.01,
+    gate: str = "sigmoid",
+    upsample: str | None = None,
+    align_corners: bool = False,
+    target: str = "x",
+    out_weight: Tensor | None = None,
+    out_bias: Tensor | None = None,
+    out_norm: BatchNorm | None = None,
+    return_alpha: bool = False,
+    impl: str = "auto",
+) -> Any:
+    r"""Attention gate of a skip connection: weigh the positions of ``x`` by a gate computed from ``x`` and ``g``.
+
+    .. math::
+        q = \psi^\top \mathrm{act}(\theta x + b_\theta + \mathrm{up}(\phi g + b_\phi)) + b_\psi,\quad
+        \alpha = \mathrm{gate}(q),\quad y = \mathrm{up}(\alpha) \odot x
+
+    Args:
+        x: [B, C, *spatial], the skip connection, with one to three spatial dims; float32, bfloat16,
+            float16, or float64 (CPU).  Contiguous and channels_last maps are read in place.
+        g: [B, G, *spatial], the gating signal, in x's dtype; on theta's grid, or on any with
+            ``upsample``.  Where its memory format is not x's it is copied once.
+        theta_weight: [F, C] or [F, C, 1, ...], as ``nn.Linear`` or a 1x1 convolution stores it, or
+            [F, C, *kernel]: a convolution whose stride is its kernel, which puts the gate on a coarser
+            grid of floor(size / kernel) positions.  Weights have x's dtype or float32.
+        theta_bias, phi_bias: [F] or None.
+        phi_weight: [F, G] (and trailing ones).
+        psi_weight: [1, F] (and trailing ones) or [F].
+        psi_bias: [1] or None.
+        theta_norm, phi_norm, psi_norm: `BatchNorm` of theta x + b, phi g + b and q, or None.
+            In evaluation they are folded into the weights; in training the statistics are those of the
+            batch, differentiated through, and the running ones are updated as torch does.
+        act: relu, leaky_relu (slope ``act_slope``) or softplus.
+        gate: sigmoid, or softmax over all positions of a sample.
+        upsample: how phi g is brought to theta's grid, and alpha to its target's: nearest, or
+            linear, bilinear, trilinear by the number of spatial dims, as ``F.interpolate`` names them.
+        align_corners: as in ``F.interpolate``; without effect for nearest.
+        target: the map that alpha multiplies, x or g.
+        out_weight, out_bias: a 1x1 convolution [O, C] of y, or None; ``out_norm``: its `BatchNorm`.
+        return_alpha: also return alpha [B, 1, *spatial] on theta's grid and on the target's, in x's dtype.
+        impl: auto, native, triton or reference; an explicit choice never falls back.
+
+    Returns:
+        y in the target's shape, dtype and memory format (with O channels after ``out_weight``);
+        ``(y, alpha, alpha_full)`` with ``return_alpha``.
+
+    Raises:
+        TypeError, ValueError: naming the argument, what it must be and what was given.
+
+    Logits and gate are computed in float32 (float64 for float64 maps).  Nothing of size [B, F, L] is
+    stored; backward keeps x, g and the logits.  Double backward runs through the reference.
+
+    Source: Oktay et al., Attention U-Net, arXiv:1804.03999.
+
+    >>> x, g = torch.randn(2, 16, 32, 32), torch.randn(2, 16, 32, 32)
+    >>> theta, phi, psi = torch.randn(8, 16), torch.randn(8, 16), torch.randn(1, 8)
+    >>> attention_gate(x, g, theta, None, phi, None, psi).shape
+    torch.Size([2, 16, 32, 32])
+    """
+    if isinstance(x, Tensor) and isinstance(g, Tensor) and _autocast.enabled(x):
+        g = g.to(x.dtype)  # as torch promotes alpha to x's dtype
+    checks.check_maps(x, g)
+    checks.check_options(x, act, act_slope, gate, upsample, target)
+    kernel = checks.kernel_of(x, theta_weight)
+    hidden, spatial = theta_weight.shape[0], x.shape[2:]
+    grid = tuple(size // k for size, k in zip(spatial, kernel, strict=True))  # of q
+    full = tuple(spatial if target == "x" else g.shape[2:])  # of y
+    gated = x.shape[1] if target == "x" else g.shape[1]
+    weights = (theta_bias, phi_weight, phi_bias, psi_weight, psi_bias, out_weight, out_bias)
+    checks.check_weights(x, g, hidden, *weights, gated)
+    checks.check_grids(g, grid, full, upsample)
+    positions = x.shape[0] * math.prod(grid)
+    checks.check_norm("theta_norm", theta_norm, x, hidden, positions)
+    checks.check_norm("phi_norm", phi_norm, x, hidden, g.shape[0] * math.prod(g.shape[2:]))
+    checks.check_norm("psi_norm", psi_norm, x, 1, positions)
+    checks.check_out_norm(out_norm, x, out_weight, x.shape[0] * math.prod(full))
+    impl = _select.select("attention_gate", impl, x.device, x.dtype, "attention_gate_fwd")
+
+    with _autocast.full_precision(x):
+        theta = _convolution(theta_weight, theta_bias, theta_norm, x)
+        signal = _signal(g, grid, phi_weight, phi_bias, phi_norm, upsample, align_corners)
+        over_psi = psi_norm if psi_norm is not None and psi_norm.over_batch else None
+        folded = None if over_psi else psi_norm
+        psi = _convolution(psi_weight.reshape(1, hidden), psi_bias, folded, x)
+        norms = op.Norms(theta.eps, signal.eps)
+        i = Inputs(
+            *(_map(x), _map(signal.g), theta.weight, signal.phi),
+            *(_sum(theta.bias, signal.bias), psi.weight.flatten(), psi.bias),
+            *(signal.taps, signal.tap_weights),
+        )
+        # phi has been applied to a g that is resampled: it is not the map that the gate multiplies
+        carried = target if i.phi is not None else "x"
+        at_once = (
+            gate == "sigmoid"
+            and norms == (None, None)
+            and over_psi is None
+            and grid == full
+            and carried == target
+        )
+        o = Options(act, float(act_slope), *_three(kernel), carried, at_once)
+        q, y, moments = op.gate(impl, i, o, norms, (theta.gamma, signal.gamma))
+        _track(theta_norm, moments[:2], positions, theta_bias)
+        _track(phi_norm, moments[2:], positions, phi_bias)
+        if at_once and not return_alpha:
+            alpha = alpha_full = q
+        else:
+            alpha = _alpha(q.reshape(len(q), 1, *grid), gate, over_psi)
+            alpha_full = _resize(alpha, full, upsample, align_corners)
+        if not at_once:
+            y = y if carried == target else _map(g)
+            y = op.apply(impl, y, _map(alpha_full).squeeze(1))
+        y = y.reshape(*y.shape[:2], *full)
+        if out_weight is not None:
+            y = _out(y, out_weight, out_bias, out_norm)
+    return (y, alpha.to(x.dtype), alpha_full.to(x.dtype)) if return_alpha else y
+
+
+class _Convolution(NamedTuple):
+    """A 1x1 convolution and its norm in accumulation dtype: what of the norm can be folded is."""
+
+    weight: Tensor
+    bias: Tensor | None
+    gamma: Tensor | None
+    eps: float | None
+    """None unless the norm is over the batch."""
+
+
+def _convolution(
+    weight: Tensor, bias: Tensor | None, norm: BatchNorm | None, x: Tensor
+) -> _Convolution:
+    acc = accumulation_dtype(x.dtype)
+    w, b = weight.flatten(1).to(acc), None if bias is None else bias.to(acc)
+    if norm is None or not norm.over_batch:
+        return _Convolution(*fold(norm, w, b), None, None)
+    gamma, beta = (None if t is None else t.to(acc) for t in (norm.weight, norm.bias))
+    # the mean takes the bias off again; its gradient is 0 rather than none, as DDP wants one
+    nothing = None if b is None else 0.0 * b
+    return _Convolution(w, _sum(nothing, beta), gamma, norm.eps)
+
+
+class _Signal(NamedTuple):
+    """The gating signal: g and phi on q's grid, or phi g on a grid of its own and the taps to q's."""
+
+    g: Tensor
+    phi: Tensor | None
+    bias: Tensor | None
+    gamma: Tensor | None = None
+    eps: float | None = None
+    taps: Tensor | None = None
+    tap_weights: Tensor | None = None
+
+
+def _signal(
+    g: Tensor,
+    grid: tuple[int, ...],
+    weight: Tensor,
+    bias: Tensor | None,
+    norm: BatchNorm | None,
+    upsample: str | None,
+    align_corners: bool,
+) -> _Signal:
+    if tuple(g.shape[2:]) == grid:
+        return _Signal(g, *_convolution(weight, bias, norm, g))
+    assert upsample is not None
+    given = g.shape[2:]
+    over_batch = norm if norm is not None and norm.over_batch else None
+    phi, b, *_ = _convolution(weight, bias, None if over_batch else norm, g)
+    g = F.conv1d(g.flatten(2), phi.to(g.dtype).unsqueeze(2)).unflatten(2, given)
+    if over_batch is not None:
+        g, b = _batch_norm(g, over_batch, b), None
+    where = taps(_three(given), _three(grid), upsample, align_corners, phi.dtype, g.device)
+    return _Signal(g, None, b, taps=where[0], tap_weights=where[1])
+
+
+def _track(
+    norm: BatchNorm | None, moments: tuple[Tensor | None, ...], count: int, bias: Tensor | None
+) -> None:
+    mean, var = moments
+    if norm is not None and mean is not None and var is not None:
+        track(norm, mean, var, count, bias)
+
+
+def _three(sizes: Any) -> tuple[int, int, int]:
+    return (*(1,) * (3 - len(sizes)), *sizes)
+
+
+def _map(t: Tensor) -> Tensor:
+    """[B, C, *spatial] with three spatial dims, leading ones before those there are."""
+    for _ in range(5 - t.dim()):
+        t = t.unsqueeze(2)
+    return t
+
+
+def _sum(*terms: Tensor | None) -> Tensor | None:
+    total: Tensor | None = None
+    for t in terms:
+        if t is not None:
+            total = t if total is None else total + t
+    return total
+
+
+def _alpha(q: Tensor, gate: str, psi_norm: BatchNorm | None) -> Tensor:
+    """[B, 1, *grid] -> the same: small maps, by torch itself."""
+    if psi_norm is not None:
+        q = _batch_norm(q, psi_norm)
+    if gate == "sigmoid":
+        return torch.sigmoid(q)
+    return q.flatten(1).softmax(1).view_as(q)
+
+
+def _resize(
+    alpha: Tensor, full: tuple[int, ...], upsample: str | None, align_corners: bool
+) -> Tensor:
+    if tuple(alpha.shape[2:]) == full:
+        return alpha
+    assert upsample is not None
+    corners = None if upsample == "nearest" else align_corners
+    return F.interpolate(alpha, full, mode=upsample, align_corners=corners)
+
+
+def _batch_norm(t: Tensor, norm: BatchNorm, bias: Tensor | None = None) -> Tensor:
+    """t + bias normalised by the statistics of the batch."""
+    if bias is not None:
+        t = t + bias.to(t.dtype).view(-1, *(1,) * (t.dim() - 2))
+    given, momentum, eps = norm[:4], norm.momentum, norm.eps
+    if all(p is None or p.dtype == t.dtype for p in given):
+        return F.batch_norm(t, *given, norm.training or norm.running_mean is None, momentum, eps)
+    # parameters of another precision, which F.batch_norm takes in some combinations only
+    dims = [d for d in range(t.dim()) if d != 1]
+    acc = accumulation_dtype(t.dtype)
+    var, mean = torch.var_mean(t.to(acc), dims, correction=0)
+    scale, shift = coefficients(norm, mean, var, mean)
+    track(norm, mean, var, t.numel() // t.shape[1], None)
+    shape = (-1, *(1,) * (t.dim() - 2))
+    return (t * scale.view(shape) + shift.view(shape)).to(t.dtype)
+
+
+def _out(y: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm | None) -> Tensor:
+    acc = accumulation_dtype(y.dtype)
+    w = weight.to(acc).flatten(1)
+    w, b = fold(norm, w, None if bias is None else bias.to(acc))
+    convolution = (F.conv1d, F.conv2d, F.conv3d)[y.dim() - 3]
+    w = w.view(*w.shape, *(1,) * (y.dim() - 2)).to(y.dtype)
+    y = convolution(y, w, None if b is None else b.to(y.dtype))
+    return y if norm is None or not norm.over_batch else _batch_norm(y, norm)

@@ -1,0 +1,219 @@
+"""What only gates promise: batch statistics as torch's, resampling as torch's, alpha, and what is saved."""
+
+from __future__ import annotations
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import nn
+
+from attnkern.functional import BatchNorm, attention_gate
+from attnkern.ops.attention_gate import cases, op, reference
+from attnkern.ops.attention_gate.resample import taps
+from attnkern.testing import as_tuple, noise_like, run
+
+
+@pytest.fixture(autouse=True)
+def seed():
+    torch.manual_seed(0)
+
+
+# ------------------------------------------------------------------ derivation
+
+
+@pytest.mark.parametrize("case", cases.CASES, ids=lambda c: c.name)
+def test_derived_gradients_are_those_of_autograd(case, monkeypatch):
+    """`reference.backward`, `sums` and the centring of statistics, against autograd in float64."""
+    tensors = case.inputs(torch.float64)
+    with torch.no_grad():
+        outputs = as_tuple(cases.call(**tensors, **case.options, impl="reference"))
+    grads = noise_like(outputs)
+    want = run(cases.call, tensors, case.options, grads, impl="reference")
+
+    def derived(impl, i, o, norms, gammas):
+        q, y, *moments = op._Gate.apply("reference", o, norms, *op.readable(i), *gammas)
+        return q, y, tuple(moments)
+
+    monkeypatch.setattr(op, "gate", derived)
+    got = run(cases.call, tensors, case.options, grads, impl="reference")
+    for (name, a), (_, b) in zip(got.items(), want.items(), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12, msg=name)
+
+
+# ------------------------------------------------------------------ resampling
+
+MODES = [("nearest", False), ("linear", False), ("linear", True)]
+
+
+@pytest.mark.parametrize(("mode", "align_corners"), MODES)
+def test_taps_are_those_of_interpolate(mode, align_corners):
+    for size, out in itertools.product((*range(1, 24), 31, 57), (*range(1, 24), 37, 64, 99)):
+        values = torch.randn(1, 1, size)
+        corners = None if mode == "nearest" else align_corners
+        want = F.interpolate(values, out, mode=mode, align_corners=corners)
+        index, weight = taps((size,), (out,), mode, align_corners, values.dtype, values.device)
+        got = (values[0, 0, index] * weight).sum(1)
+        torch.testing.assert_close(got, want[0, 0], rtol=1e-5, atol=1e-5, msg=f"{size} to {out}")
+        assert index.min() >= 0
+        assert index.max() < size
+
+
+def test_resampling_and_its_adjoint_agree():
+    i = reference.Inputs(
+        *(torch.empty(1, 1, 6, 4, 9), torch.randn(2, 3, 2, 5, 4, dtype=torch.float64)),
+        *(torch.empty(1), None, None, torch.empty(1), None),
+        *taps((2, 5, 4), (6, 4, 9), "trilinear", False, torch.float64, torch.device("cpu")),
+    )
+    up = torch.randn(2, 3, 6, 4, 9, dtype=torch.float64)
+    forward = (reference.resample(i.g, i, (6, 4, 9)) * up).sum()
+    adjoint = (i.g * reference.resample_adjoint(up, i, (6, 4, 9))).sum()
+    torch.testing.assert_close(forward, adjoint)
+
+
+# ------------------------------------------------------------------ batch statistics
+
+
+def _norms(hidden, **options):
+    return {
+        f"{branch}_norm": BatchNorm(
+            torch.full((size,), 0.3), torch.full((size,), 1.5), torch.rand(size), torch.rand(size),
+            training=True, **options,
+        )
+        for branch, size in (("theta", hidden), ("phi", hidden), ("psi", 1))
+    }  # fmt: skip
+
+
+def _gate(channels=10, hidden=7, bias=True):
+    return {
+        "x": torch.randn(3, channels, 6, 5) + 2,
+        "g": torch.randn(3, channels, 6, 5) - 1,
+        "theta_weight": torch.randn(hidden, channels) / 3,
+        "theta_bias": torch.randn(hidden) if bias else None,
+        "phi_weight": torch.randn(hidden, channels) / 3,
+        "phi_bias": torch.randn(hidden) if bias else None,
+        "psi_weight": torch.randn(1, hidden),
+        "psi_bias": torch.randn(1) if bias else None,
+    }
+
+
+@pytest.mark.parametrize("momentum", [0.1, 1.0, 0.0])
+def test_running_statistics_move_as_torch_moves_them(target, momentum):
+    tensors = {k: v.to(target.device) for k, v in _gate().items()}
+    norms = {
+        k: BatchNorm(*(t.to(target.device) for t in n[:4]), *n[4:])
+        for k, n in _norms(7, momentum=momentum).items()
+    }
+    copies = {k: BatchNorm(*(t.clone() for t in n[:4]), *n[4:]) for k, n in norms.items()}
+    attention_gate(**tensors, **norms, impl=target.impl)
+
+    def convolve(branch, t):
+        weight = tensors[f"{branch}_weight"][..., None, None]
+        return F.conv2d(t, weight, tensors[f"{branch}_bias"])
+
+    def normalise(branch, t):
+        n = copies[f"{branch}_norm"]
+        return F.batch_norm(t, *n[:4], True, n.momentum, n.eps)
+
+    theta = normalise("theta", convolve("theta", tensors["x"]))
+    h = F.relu(theta + normalise("phi", convolve("phi", tensors["g"])))
+    normalise("psi", convolve("psi", h))
+    for name, norm in norms.items():
+        for got, want in zip(norm[:2], copies[name][:2], strict=True):
+            torch.testing.assert_close(got, want, rtol=2e-6, atol=2e-6, msg=name)
+        assert momentum == 0 or not torch.equal(norm.running_mean, torch.full_like(got, 0.3))
+
+
+def test_a_bias_under_statistics_of_the_batch_has_gradient_zero(target):
+    tensors = {k: v.to(target.device).requires_grad_() for k, v in _gate().items()}
+    norms = {
+        k: BatchNorm(None, None, *(t.to(target.device) for t in n[2:4]), training=True)
+        for k, n in _norms(7).items()
+    }
+    y = attention_gate(**tensors, **norms, impl=target.impl)
+    biases = [tensors["theta_bias"], tensors["phi_bias"]]
+    for grad in torch.autograd.grad(y.square().sum(), biases):
+        assert torch.equal(grad, torch.zeros_like(grad))
+
+
+def test_no_running_statistics_means_those_of_the_batch(target):
+    """As nn.BatchNorm2d(track_running_stats=False) does in evaluation too."""
+    tensors = {k: None if v is None else v.to(target.device) for k, v in _gate(bias=False).items()}
+    norm = {"theta_norm": BatchNorm(), "phi_norm": BatchNorm(), "psi_norm": BatchNorm()}
+    trained = {k: BatchNorm(training=True) for k in norm}
+    a = attention_gate(**tensors, **norm, impl=target.impl)
+    assert torch.equal(a, attention_gate(**tensors, **trained, impl=target.impl))
+
+
+def test_far_from_zero_statistics_keep_their_digits(target):
+    """|mean| = 1000 std: a variance from sums of squares in float32 would have no digits left."""
+    torch.manual_seed(1)
+    x = torch.randn(2, 4, 40, 40, dtype=torch.float64) + 1000
+    theta = torch.eye(4, dtype=torch.float64)
+    zero = torch.zeros(4, 4, dtype=torch.float64)
+
+    def call(kind, impl):
+        to = {"device": target.device, "dtype": kind}
+        running = torch.zeros(4, **to), torch.zeros(4, **to)
+        norm = BatchNorm(*running, training=True, momentum=1.0)
+        weights = theta.to(**to), None, zero.to(**to), None, torch.ones(1, 4, **to)
+        attention_gate(x.to(**to), x.to(**to), *weights, theta_norm=norm, impl=impl)
+        return running[1].double().cpu()
+
+    want = x.var((0, 2, 3))
+    rounded = x.float().double().var((0, 2, 3))  # what is left of x in float32
+    got = call(torch.float32, target.impl)
+    torch.testing.assert_close(got, rounded, rtol=2e-5, atol=0)
+    torch.testing.assert_close(got, want, rtol=1e-3, atol=0)
+
+
+# ------------------------------------------------------------------ alpha
+
+
+def test_alpha_is_returned_on_both_grids(target):
+    x, g = (
+        torch.randn(2, 6, 9, 8, device=target.device),
+        torch.randn(2, 5, 4, 4, device=target.device),
+    )
+    weights = [torch.randn(7, 6, 2, 2), None, torch.randn(7, 5), None, torch.randn(7)]
+    weights = [w if w is None else w.to(target.device) for w in weights]
+    y, alpha, full = attention_gate(
+        x, g, *weights, upsample="bilinear", return_alpha=True, impl=target.impl
+    )
+    assert alpha.shape == (2, 1, 4, 4)
+    assert full.shape == (2, 1, 9, 8)
+    torch.testing.assert_close(y, full * x)
+    want = F.interpolate(alpha, (9, 8), mode="bilinear", align_corners=False)
+    torch.testing.assert_close(full, want)
+
+
+def test_softmax_weighs_all_positions_of_a_sample(target):
+    tensors = {k: v.to(target.device) for k, v in _gate().items()}
+    y, alpha, full = attention_gate(**tensors, gate="softmax", return_alpha=True, impl=target.impl)
+    torch.testing.assert_close(alpha.sum((1, 2, 3)), torch.ones(3, device=target.device))
+    assert alpha is full or torch.equal(alpha, full)
+    torch.testing.assert_close(y, alpha * tensors["x"])
+
+
+def test_modules_of_torch_give_the_same(target):
+    """One level of MONAI's gate, spelled out in modules."""
+    tensors = {k: v.to(target.device) for k, v in _gate().items()}
+    bn = {b: nn.BatchNorm2d(s).to(target.device) for b, s in (("theta", 7), ("phi", 7), ("psi", 1))}
+    for m in bn.values():
+        nn.init.uniform_(m.running_mean)
+        nn.init.uniform_(m.running_var, 0.5, 2)
+        m.eval()
+
+    def branch(name, t):
+        weight = tensors[f"{name}_weight"][..., None, None]
+        return bn[name](F.conv2d(t, weight, tensors[f"{name}_bias"]))
+
+    h = F.relu(branch("theta", tensors["x"]) + branch("phi", tensors["g"]))
+    want = torch.sigmoid(branch("psi", h)) * tensors["x"]
+    norms = {
+        f"{name}_norm": BatchNorm(m.running_mean, m.running_var, m.weight, m.bias)
+        for name, m in bn.items()
+    }
+    got = attention_gate(**tensors, **norms, impl=target.impl)
+    torch.testing.assert_close(got, want, rtol=1e-5, atol=1e-5)
