@@ -9,7 +9,7 @@ import pool_modules as copied
 import pytest
 import torch
 import torch.nn.functional as F
-from test_optimize_pools import close, gradients, head
+from pool_heads import close, gradients, head
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 

@@ -1,7 +1,6 @@
 """Drop-in rules of the pooling heads: budget, reports, survival, inputs, hooks, masks and dropout."""
 
 import copy
-import functools
 import io
 import pickle
 import warnings
@@ -11,8 +10,8 @@ import pytest
 import torch
 import torch._dynamo
 from conftest import DTYPES, TARGETS
+from pool_heads import HEADS, close, gradients, head
 from test_optimize import traces
-from timm.layers import AttentionPool2d, AttentionPoolLatent, GlobalContext, RmsNorm
 from torch import nn
 from torch.utils.checkpoint import checkpoint
 
@@ -20,99 +19,12 @@ import attnkern
 from attnkern import _select, testing
 from attnkern.ops.softmax_pool import call as pool_call
 
-
-class Flat(nn.Module):
-    """A backbone for MILModel."""
-
-    def forward(self, x):
-        return x.flatten(1)
-
-
-def mil(mode):
-    nets = pytest.importorskip("monai.networks.nets")
-    return nets.MILModel(2, mil_mode=mode, backbone=Flat(), backbone_num_features=24)
-
-
-def open_clip_pool():
-    return pytest.importorskip("open_clip.modified_resnet").AttentionPool2d(3, 32, 4, 10)
-
-
-HEADS = {
-    "latent": (lambda: AttentionPoolLatent(32, num_heads=4, norm_layer=nn.LayerNorm), (3, 9, 32)),
-    "latents": (
-        lambda: AttentionPoolLatent(
-            32, 24, num_heads=2, latent_len=3, pos_embed="abs", feat_size=9, pool_type="avg",
-        ),
-        (3, 9, 32),
-    ),
-    "latent without projections": (
-        lambda: AttentionPoolLatent(32, 0, q_proj=False, qkv_bias=False, pool_type=""),
-        (3, 9, 32),
-    ),
-    "normalised keys": (
-        lambda: AttentionPoolLatent(32, num_heads=4, qk_norm=True, norm_layer=RmsNorm),
-        (3, 9, 32),
-    ),
-    "pool2d": (lambda: AttentionPool2d(32, 3, 10, head_dim=8), (3, 32, 3, 3)),
-    "pool2d resampled": (
-        lambda: AttentionPool2d(32, 3, 0, embed_dim=32, head_dim=8, qkv_separate=True, class_token=True),
-        (3, 32, 4, 5),
-    ),
-    "global context": (lambda: GlobalContext(32), (3, 32, 4, 5)),
-    "global context added": (
-        lambda: GlobalContext(32, fuse_add=True, gate_layer="hard_sigmoid"),
-        (3, 32, 4, 5),
-    ),
-    "open_clip": (open_clip_pool, (3, 32, 3, 3)),
-    "clip": (lambda: copied.OpenAIAttentionPool2d(3, 32, 4, 10), (3, 32, 3, 3)),
-    "clam plain": (lambda: copied.CLAM(gate=False), (40, 24)),
-    "clam gated": (lambda: copied.CLAM(dropout=0.1), (40, 24)),
-    "clam branches": (lambda: copied.CLAM(n_classes=3), (40, 24)),
-    "torchmil": (lambda: copied.AttentionPool(act="gelu"), (3, 9, 24)),
-    "torchmil gated": (lambda: copied.AttentionPool(gated=True), (3, 9, 24)),
-    "monai": (lambda: mil("att"), (3, 9, 2, 3, 4)),
-    "monai transformer": (lambda: mil("att_trans"), (3, 9, 2, 3, 4)),
-    "captioning": (copied.Decoder, (4, 9, 24)),
-}  # fmt: skip
 POOLS = [
     target
     for target in TARGETS
     if _select.refuse(target.impl, torch.device(target.device), torch.float32, "softmax_pool_fwd")
     is None
 ]
-
-
-def head(name, dtype=torch.float32):
-    """The seeded module in eval mode, and its input."""
-    torch.manual_seed(0)
-    make, shape = HEADS[name]
-    model = make()
-    for parameter in model.parameters():
-        if parameter.dim() == 1 or not parameter.any():
-            nn.init.normal_(parameter, std=0.3)
-    x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
-    return model.to(dtype).eval(), x.to(dtype)
-
-
-def first(y):
-    return y[0] if isinstance(y, tuple) else y
-
-
-def gradients(model, x, **options):
-    x = x.detach().clone().requires_grad_()
-    outputs = testing.as_tuple(model(x, **options))
-    dy = testing.noise_like(outputs)
-    inputs = [x, *(p for p in model.parameters() if p.requires_grad)]
-    grads = torch.autograd.grad(outputs, inputs, dy, allow_unused=True, materialize_grads=True)
-    return [*outputs, *grads]
-
-
-def close(got, want, tolerance=1e-4):
-    assert len(got) == len(want)
-    steepest = max(float(w.detach().abs().max()) for w in want)
-    for a, b in zip(got, want, strict=True):
-        assert a.dtype == b.dtype
-        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * steepest)
 
 
 @pytest.fixture
@@ -197,6 +109,26 @@ def test_autocast_gives_the_dtypes_or_the_error_of_eager(name, items, weights, l
         torch.testing.assert_close(a, b, rtol=0, atol=8 * eps * max(scale, 1.0))
 
 
+@pytest.mark.parametrize("name", HEADS)
+def test_unusual_inputs_give_what_eager_gives(name):
+    model, x = head(name)
+    optimized = copy.deepcopy(model)
+    attnkern.optimize(optimized)
+    for odd in (x.double(), x.bfloat16(), x[0], x[:0], x[..., :0], x.unsqueeze(0), x.int(), "text"):
+
+        def result(net, odd=odd):
+            try:
+                return testing.as_tuple(net(odd))
+            except Exception as error:
+                return type(error), str(error)
+
+        want, got = result(model), result(optimized)
+        if not isinstance(want[0], torch.Tensor):
+            assert got == want
+        else:
+            torch.testing.assert_close(got, want, equal_nan=True)
+
+
 # ------------------------------------------------------------------ report and survival
 
 
@@ -273,118 +205,6 @@ def test_compiles_to_one_graph_and_exports(name, target):
     assert target.impl == "reference" or any("softmax_pool_fwd" in t for t in targets)
 
 
-# ------------------------------------------------------------------ what is left alone
-
-
-class OwnForward(AttentionPoolLatent):
-    def forward(self, x, attn_mask=None):
-        return x.mean(1)
-
-
-class OwnScorer(copied.Attn_Net_Gated):
-    def forward(self, x):
-        return -super().forward(x)[0], x
-
-
-class Sharper(nn.Module):
-    """Show-Attend-Tell's children in another formula."""
-
-    def __init__(self):
-        super().__init__()
-        vars(self).update(vars(copied.Attention()))
-
-    def forward(self, x, h):
-        e = self.full_att(self.relu(self.encoder_att(x) + self.decoder_att(h).unsqueeze(1)))
-        alpha = self.softmax(2 * e.squeeze(2))
-        return (x * alpha.unsqueeze(2)).sum(1), alpha
-
-
-class Remembering(nn.Module):
-    """A copy that keeps its scores for a picture."""
-
-    def __init__(self):
-        super().__init__()
-        vars(self).update(vars(copied.Attn_Net()))
-
-    def forward(self, x):
-        self.scores = self.module(x)
-        return self.scores, x
-
-
-class ScoresAlone(nn.Module):
-    def __init__(self):
-        super().__init__()
-        vars(self).update(vars(copied.Attn_Net_Gated()))
-
-    def forward(self, x):
-        return self.attention_c(self.attention_a(x) * self.attention_b(x))
-
-
-def hooked(model, child):
-    model.get_submodule(child).register_forward_hook(lambda *_: None)
-    return model
-
-
-def swapped(model, child, value):
-    setattr(model, child, value)
-    return model
-
-
-REFUSED = {
-    "own forward": (lambda: OwnForward(32), "OwnForward has its own forward"),
-    "own scorer": (OwnScorer, "OwnScorer has its own forward"),
-    "another formula": (Sharper, "gives other results than Show, Attend and Tell's Attention"),
-    "another result": (ScoresAlone, "gives other results than CLAM's Attn_Net_Gated"),
-    "side effects": (Remembering, "does other things than CLAM's Attn_Net"),
-    "all tokens": (lambda: AttentionPool2d(32, 3, head_dim=8, pool_type=""), "keeps every token"),
-    "mean context": (lambda: GlobalContext(32, use_attn=False), "use_attn=False"),
-    "mean": (lambda: mil("mean"), "mil_mode='mean'"),
-    "hooked kv": (lambda: hooked(HEADS["latent"][0](), "kv"), "its kv has hooks"),
-    "hooked proj": (lambda: hooked(HEADS["pool2d"][0](), "proj"), "its proj has hooks"),
-    "hooked context": (lambda: hooked(GlobalContext(32), "conv_attn"), "convolution has hooks"),
-    "hooked tanh": (lambda: hooked(copied.Attn_Net(), "module.1"), "its activation has hooks"),
-    "hooked branch": (lambda: hooked(copied.Attn_Net_Gated(), "attention_a"), "branch has hooks"),
-    "hooked lazy": (lambda: hooked(copied.AttentionPool(), "fc1"), "its layer has hooks"),
-    "hooked attention": (lambda: hooked(mil("att"), "attention"), "its attention has hooks"),
-    "hooked keys": (lambda: hooked(copied.Attention(), "encoder_att"), "encoder_att has hooks"),
-    "odd norm": (
-        lambda: swapped(HEADS["latent"][0](), "k_norm", nn.BatchNorm2d(4)),
-        "its k_norm is a BatchNorm2d",
-    ),
-    "softmax dim": (
-        lambda: swapped(copied.Attention(), "softmax", nn.Softmax(dim=0)),
-        "its softmax is over dim 0",
-    ),
-    "activation": (lambda: swapped(copied.Attention(), "relu", nn.ELU()), "activation ELU"),
-    "replaced": (
-        lambda: swapped(GlobalContext(32), "forward", functools.partial(torch.relu)),
-        "its forward was replaced",
-    ),
-    "replaced head": (lambda: swapped(mil("att"), "calc_head", torch.relu), "calc_head"),
-}
-
-
-@pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_served_is_named_and_left_alone(make, reason):
-    model = nn.ModuleList([make()])
-    before = traces(model)
-    report = attnkern.optimize(model, impl="reference")
-    assert not report.replaced
-    assert [row.name for row in report.skipped] == ["0"]
-    assert reason in report.skipped[0].reason
-    assert traces(model) == before
-    with pytest.raises(ValueError, match="1 modules cannot be served"):
-        attnkern.optimize(model, strict=True)
-
-
-def test_wrappers_are_no_scorers():
-    """Whatever has one child called ``module``."""
-    nets = [nn.DataParallel(nn.Linear(3, 3)), torch.optim.swa_utils.AveragedModel(nn.Linear(3, 3))]
-    for net in nets:
-        report = attnkern.optimize(net)
-        assert (report.replaced, report.skipped) == ([], [])
-
-
 CHILDREN = {
     "latent": "kv",
     "pool2d": "proj",
@@ -413,26 +233,6 @@ def test_a_late_hook_runs_the_modules_own_forward(name, child, served):
     assert not served
     assert len(log) == 2 * count > 0
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
-
-
-@pytest.mark.parametrize("name", HEADS)
-def test_unusual_inputs_give_what_eager_gives(name):
-    model, x = head(name)
-    optimized = copy.deepcopy(model)
-    attnkern.optimize(optimized)
-    for odd in (x.double(), x.bfloat16(), x[0], x[:0], x[..., :0], x.unsqueeze(0), x.int(), "text"):
-
-        def result(net, odd=odd):
-            try:
-                return testing.as_tuple(net(odd))
-            except Exception as error:
-                return type(error), str(error)
-
-        want, got = result(model), result(optimized)
-        if not isinstance(want[0], torch.Tensor):
-            assert got == want
-        else:
-            torch.testing.assert_close(got, want, equal_nan=True)
 
 
 # ------------------------------------------------------------------ masks and dropout
