@@ -3,6 +3,7 @@
 Weights are random (seeded) and batch-norm statistics are taken from the photographs: pretrained
 weights would need a download, and speed does not depend on them.  ``zero_init_last=False``, or
 the squeeze-and-excitation of a residual network would multiply zeros and any gate would pass.
+A segmentation network labels every position.
 """
 
 from __future__ import annotations
@@ -33,7 +34,13 @@ PHOTOGRAPHS = (
     "chelsea.png",
     "rocket.jpg",
 )  # in scikit-image's wheel
-SE_CLASSES = ("SEModule", "SqueezeExcite", "EffectiveSEModule", "SqueezeExcitation")
+ATTENTION = (
+    "SEModule",
+    "SqueezeExcite",
+    "EffectiveSEModule",
+    "SqueezeExcitation",
+    "AttentionBlock",
+)
 DROPOUT = {"Dropout": ("p",), "StochasticDepth": ("p",), "DropPath": ("drop_prob",)}
 LAYOUTS = {"channels_first": torch.contiguous_format, "channels_last": torch.channels_last}
 
@@ -55,17 +62,29 @@ class Network:
             import timm
 
             return timm.create_model(self.name, pretrained=False, **dict(self.options))
+        if self.library == "monai":
+            import monai
+
+            return getattr(monai.networks.nets, self.name)(**dict(self.options))
         import torchvision
 
         return torchvision.models.get_model(self.name, weights=None, **dict(self.options))
 
 
+UNET = (
+    ("spatial_dims", 2),
+    ("in_channels", 3),
+    ("out_channels", 2),
+    ("channels", (32, 64, 128, 256)),
+    ("strides", (2, 2, 2)),
+)
 NETWORKS = [
     Network("timm", "seresnet50", (("zero_init_last", False),)),
     Network("timm", "efficientnet_b0"),
     Network("timm", "regnety_032", (("zero_init_last", False),)),
     Network("torchvision", "mobilenet_v3_large", compile=True),
     Network("torchvision", "efficientnet_b0"),
+    Network("monai", "AttentionUnet", UNET),
 ]
 
 
@@ -146,14 +165,21 @@ def prepare(network: Network, batch: Tensor) -> nn.Module:
     return model.eval()
 
 
-def without_se(model: nn.Module) -> tuple[nn.Module, int]:
-    """A copy whose squeeze-and-excitation modules do nothing, and how many it has."""
+class _Through(nn.Module):
+    """Returns the map that an attention module would weigh: x, however it is called."""
+
+    def forward(self, x: Tensor, *_: Any, g: Tensor | None = None) -> Tensor:
+        return x
+
+
+def without_attention(model: nn.Module) -> tuple[nn.Module, int]:
+    """A copy whose attention modules do nothing, and how many it has."""
     bare = copy.deepcopy(model)
     count = 0
     for parent in list(bare.modules()):
         for name, child in list(parent.named_children()):
-            if type(child).__name__ in SE_CLASSES:
-                setattr(parent, name, nn.Identity())
+            if type(child).__name__ in ATTENTION:
+                setattr(parent, name, _Through())
                 count += 1
     return bare, count
 
@@ -228,7 +254,6 @@ def _in_layout(
     """One pass of a copy of the model; training is forward and backward, without the optimiser."""
     model = copy.deepcopy(model).to(memory_format=form).train(which == TRAINING)
     x = x.contiguous(memory_format=form)
-    labels = torch.arange(x.shape[0], device=x.device) % 10
     parameters = [p for p in model.parameters() if p.requires_grad]
     run = wrap(model)
 
@@ -237,7 +262,10 @@ def _in_layout(
             return run(x)
 
     def training(i: int) -> Any:
-        return torch.autograd.grad(F.cross_entropy(run(x), labels), parameters)
+        logits = run(x)  # [B, classes], or [B, classes, *spatial]
+        labels = torch.arange(len(x), device=x.device) % logits.shape[1]
+        labels = labels.view(-1, *(1,) * (logits.dim() - 2)).expand(-1, *logits.shape[2:])
+        return torch.autograd.grad(F.cross_entropy(logits, labels), parameters)
 
     return forward if which == FORWARD else training
 
@@ -254,7 +282,7 @@ def measure(network: Network, settings: Settings) -> list[dict[str, Any]]:
     base, image, batch = base.to(device), image.to(device), batch.to(device)
     ours = copy.deepcopy(base)
     report = attnkern.optimize(ours, impl=settings.impls[0])
-    bare, modules = without_se(base)
+    bare, modules = without_attention(base)
 
     say(f"{network.label}: gate against float64")
     small = batch[:2]
@@ -270,7 +298,7 @@ def measure(network: Network, settings: Settings) -> list[dict[str, Any]]:
     if not teeth > 1e-3:  # fp32 against float64 is 1e-6
         verdict = {
             "ok": False,
-            "why": f"outputs do not depend on the SE modules ({teeth:.1g}): no gate",
+            "why": f"outputs do not depend on the attention modules ({teeth:.1g}): no gate",
         }
     del eager, oracle
 
@@ -293,7 +321,7 @@ def measure(network: Network, settings: Settings) -> list[dict[str, Any]]:
             "impl": "ours",
             "gate": {"ours": verdict},
             "replaced": len(report.replaced),
-            "se_modules": modules,
+            "attention_modules": modules,
             "times": {},
             "peak_bytes": {},
             "compile_seconds": {},
@@ -303,7 +331,12 @@ def measure(network: Network, settings: Settings) -> list[dict[str, Any]]:
         rows.append(row)
         if verdict["ok"]:
             _time(
-                row, {"eager": base, "ours": ours, "without SE": bare}, x, which, network, settings
+                row,
+                {"eager": base, "ours": ours, "without attention": bare},
+                x,
+                which,
+                network,
+                settings,
             )
             derive(row)
     return rows
@@ -345,7 +378,7 @@ def _time(
             calls[column] = call
     settings.say(f"{network.label}, {row['pass']}: time")
     row["peak_bytes"] = {
-        n: peak_bytes(c, settings.device) for n, c in calls.items() if n != "without SE"
+        n: peak_bytes(c, settings.device) for n, c in calls.items() if n != "without attention"
     }
     samplers = {
         n: clock.sampler(c, clock.Rotation(1), settings.device, "launched")
@@ -356,7 +389,7 @@ def _time(
 
 
 def derive(row: dict[str, Any]) -> None:
-    """Speed-ups, images per second, the share of SE and the speed-up if it cost nothing."""
+    """Speed-ups, images per second, the share of attention and the speed-up if it cost nothing."""
     row["ratios"] = {}
     if "ours" not in row["times"] or not row["gate"]["ours"]["ok"]:
         return
@@ -364,7 +397,7 @@ def derive(row: dict[str, Any]) -> None:
     def median(name: str) -> float | None:
         return row["times"][name]["cold"]["median"] if name in row["times"] else None
 
-    ours, eager, bare, compiled = map(median, ("ours", "eager", "without SE", "compile"))
+    ours, eager, bare, compiled = map(median, ("ours", "eager", "without attention", "compile"))
     if not (ours and eager and bare):
         return
     row["ratios"]["eager"] = eager / ours
@@ -372,7 +405,7 @@ def derive(row: dict[str, Any]) -> None:
         row["ratios"]["compile"] = compiled / ours
         if inside := median("ours, in compile"):
             row["ratios"]["in_compile"] = compiled / inside
-    row["se_share"] = max(0.0, 1 - bare / eager)
+    row["attention_share"] = max(0.0, 1 - bare / eager)
     row["ceiling"] = eager / min(bare, eager)
     row["images_per_second"] = {
         name: row["shape"][0] / modes["cold"]["median"] for name, modes in row["times"].items()

@@ -105,7 +105,7 @@ def roof(rows: list[Mapping[str, Any]]) -> Any:
 
 
 def networks(rows: list[Mapping[str, Any]]) -> Any:
-    """Bars: whole-network speed-up; the mark: what it would be if SE cost nothing."""
+    """Bars: whole-network speed-up; the mark: what it would be if attention cost nothing."""
     rows = [r for r in rows if r["ratios"]]
     if not rows:
         return None
@@ -127,7 +127,7 @@ def networks(rows: list[Mapping[str, Any]]) -> Any:
         axes.set_xlim(left=0)
         axes.set_xlabel(
             "whole network: times faster than eager (red), torch.compile (blue); "
-            "green: eager if SE cost nothing"
+            "green: eager if attention cost nothing"
         )
         return figure
 

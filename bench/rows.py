@@ -29,7 +29,8 @@ PASSES = (FORWARD, TRAINING)
 class Subject:
     """One op at one size, dtype and layout; its passes share tensors and the gate.
 
-    ``trips``: the fewest reads and writes of ``moved`` each pass needs, on-chip minimum.
+    ``trips``: the fewest reads and writes of ``moved`` each pass needs, on-chip minimum; a fraction
+    where maps of another size move too.
     ``others``: ways users write the op in stock torch, beside the spec's ``eager``; the fastest of
     all is the baseline.
     ``group``: which targets it counts towards; empty for a row that is shown beside them.
@@ -39,7 +40,7 @@ class Subject:
     op: str
     case: Case
     dtype: str
-    trips: Mapping[str, int]
+    trips: Mapping[str, float]
     channels_last: bool = False
     group: str = ""
     quick: bool = True
@@ -72,7 +73,7 @@ class Subject:
         """Bytes no implementation can avoid: maps, and weights once (training: twice, plus dw)."""
         weights = sum(math.prod(s) for n, s in self.case.shapes.items() if n not in self.case.maps)
         weights *= DTYPES[self.dtype].itemsize * (3 if which == TRAINING else 1)
-        return self.trips[which] * self.map_bytes + weights
+        return round(self.trips[which] * self.map_bytes) + weights
 
     def key(self, which: str) -> str:
         return f"{self.op}/{self.case.name}/{self.dtype}/{self.layout}/{which}"

@@ -38,7 +38,7 @@ MODEL = (
     ("×eager", 7),
     ("×compile", 8),
     ("img/s", 8),
-    ("SE %", 6),
+    ("att. %", 6),
     ("limit×", 7),
     ("error", 6),
 )
@@ -54,8 +54,8 @@ KERNEL_LEGEND = (
     "against float64, over eager's own (2 is the limit) · –: not measured in this run"
 )
 MODEL_LEGEND = (
-    "layout: channels first or last, where eager is faster · SE %: time of eager that goes away "
-    "when its squeeze-and-excitation modules do nothing · limit×: the speed-up if they cost "
+    "layout: channels first or last, where eager is faster · att. %: time of eager that goes away "
+    "when its attention modules do nothing · limit×: the speed-up if they cost "
     "nothing · error: outputs and gradients, against the network in float64, over eager's own (2 "
     "is the limit) · training: forward and backward, dropout off · weights are random and seeded, "
     "batch norms settled on the photographs"
@@ -119,7 +119,7 @@ def model_cells(row: Mapping[str, Any]) -> dict[str, str]:
         "×eager": times(row["ratios"].get("eager")),
         "×compile": times(row["ratios"].get("compile")),
         "img/s": f"{row['images_per_second']['ours']:.3g}" if row["ratios"] else "–",
-        "SE %": f"{100 * row['se_share']:.0f}" if row["ratios"] else "–",
+        "att. %": f"{100 * row['attention_share']:.0f}" if row["ratios"] else "–",
         "limit×": times(row["ceiling"]) if row["ratios"] else "–",
         "error": f"{gate['ratio']:.2f}" if gate["ok"] else "RED",
     }

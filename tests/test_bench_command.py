@@ -190,7 +190,7 @@ def test_shards_cover_everything_once(capsys):
 @pytest.mark.parametrize(
     ("arguments", "sentence"),
     [
-        (["--op", "nothing"], "--op must be one of softmax_pool, squeeze_excite, got nothing"),
+        (["--op", "nothing"], f"--op must be one of {', '.join(rows.benches())}, got nothing"),
         (["--impl", "fast"], "--impl must be of native, triton, reference, got fast"),
         (["--shard", "3/2"], "--shard must be between 1/2 and 2/2, got 3/2"),
         (["--shard", "one"], "--shard must be i/n, got one"),

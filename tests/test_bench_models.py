@@ -63,7 +63,7 @@ def test_network_is_gated_and_timed():
     forward, training = models.measure(SmallNetwork("timm", "small"), SETTINGS)
     for row in (forward, training):
         assert row["gate"]["ours"]["ok"]
-        assert row["replaced"] == row["se_modules"] == 1
+        assert row["replaced"] == row["attention_modules"] == 1
         assert row["ratios"]["eager"] > 0
         assert row["ceiling"] >= 1
         assert row["images_per_second"]["ours"] > 0
@@ -92,4 +92,4 @@ def test_network_with_a_planted_fault_is_red(monkeypatch):
 def test_gate_on_a_network_that_ignores_its_se_is_red():
     forward, training = models.measure(Inert("timm", "inert"), SETTINGS)
     for row in (forward, training):
-        assert "do not depend on the SE modules" in row["gate"]["ours"]["why"]
+        assert "do not depend on the attention modules" in row["gate"]["ours"]["why"]
