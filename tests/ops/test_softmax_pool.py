@@ -241,7 +241,7 @@ def test_a_bias_of_the_scores_moves_nothing_but_scores_and_lse(target):
 
 @pytest.mark.parametrize(
     ("items", "features", "queries"),
-    [(100_000, 3, 1), (200_000, 16, 2), (257, 4096, 1), (130, 33, 100), (1, 1, 1), (2, 4096, 17)],
+    [(100_000, 3, 1), (1_000_000, 8, 2), (257, 4096, 1), (130, 33, 100), (1, 1, 1), (2, 4096, 17)],
 )
 def test_sizes(items, features, queries, target):
     if target.impl == "triton" and target.device == "cpu":
