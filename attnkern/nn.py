@@ -1,5 +1,6 @@
 """The operators as modules."""
 
+from attnkern.ops.attention_gate import AttentionGate, MultiAttentionGate
 from attnkern.ops.softmax_pool import (
     AdditiveAttentionPool,
     ContextAttentionPool,
@@ -11,8 +12,10 @@ from attnkern.ops.squeeze_excite import SqueezeExcite
 
 __all__ = [
     "AdditiveAttentionPool",
+    "AttentionGate",
     "ContextAttentionPool",
     "GatedAttentionPool",
+    "MultiAttentionGate",
     "QueryAttentionPool",
     "SoftmaxPool",
     "SqueezeExcite",

@@ -13,8 +13,8 @@ import torch
 from torch import Tensor, nn
 
 from attnkern import _activations, _autocast
+from attnkern._layers import weight_and_bias
 from attnkern.integrations._children import altered, inlinable, refuse_conv, say_once
-from attnkern.ops.squeeze_excite.module import weight_and_bias
 from attnkern.ops.squeeze_excite.op import squeeze_excite
 from attnkern.ops.squeeze_excite.reference import ACTS, GATES
 

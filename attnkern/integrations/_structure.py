@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -40,10 +41,16 @@ def agrees(
     """Whether the method computes what ``ours`` does, in float64 with random parameters, in eval mode."""
     generator = torch.Generator().manual_seed(0)
     trial = _Trial(module)
-    state = {}
-    for name, t in (*trial.named_parameters(), *trial.named_buffers()):
+    state: dict[str, Tensor] = {}
+    for name, t in trial.named_parameters():
         values = torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu")
-        state[name] = values / max(1, t.shape[-1] if t.dim() else 1) ** 0.5
+        state[name] = values / max(1, math.prod(t.shape[1:] or t.shape)) ** 0.5
+    for name, buffer in trial.named_buffers():
+        if buffer.is_floating_point():  # positive, as a running variance is
+            values = torch.rand(
+                buffer.shape, generator=generator, dtype=torch.float64, device="cpu"
+            )
+            state[name] = values + 0.5
     modes = [(m, m.training) for m in module.modules()]
     try:
         for m, _ in modes:

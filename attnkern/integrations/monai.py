@@ -1,4 +1,4 @@
-"""MONAI: the attention of ``MILModel``, between its backbone and its classifier."""
+"""MONAI: the attention of ``MILModel``, between its backbone and its classifier, and ``AttentionUnet``'s gates."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from typing import Any
 
 from torch import nn
 
-from attnkern.integrations import Rule, _softmax_pool
+from attnkern.integrations import Rule, _attention_gate, _softmax_pool
 from attnkern.integrations._children import altered
 
 
@@ -42,5 +42,13 @@ RULES = (
             "permute extra_outputs reshape cast nn ModuleList cat ValueError str"
         },
         method="calc_head",
+    ),
+    Rule(
+        "monai.networks.nets.attentionunet.AttentionBlock",
+        "attention_gate",
+        "attention_gate_fwd",
+        _attention_gate.read_additive,
+        _attention_gate.additive,
+        {"forward": _attention_gate.ADDITIVE},
     ),
 )

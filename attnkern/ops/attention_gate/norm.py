@@ -13,6 +13,11 @@ class BatchNorm(NamedTuple):
 
     Normalises by the statistics of the batch where ``training`` or where there are no running ones;
     with ``training`` it updates the running ones as torch does.
+
+    >>> x, weight = torch.randn(2, 8, 5), torch.randn(4, 8)
+    >>> norm = BatchNorm(torch.zeros(4), torch.ones(4), training=True)
+    >>> attention_gate(x, x, weight, None, weight, None, weight[:1, :4], theta_norm=norm).shape
+    torch.Size([2, 8, 5])
     """
 
     running_mean: Tensor | None = None

@@ -8,6 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnkern import _activations, _checks
+from attnkern._layers import weight_and_bias
 from attnkern._select import IMPLS
 from attnkern.ops.squeeze_excite.op import squeeze_excite
 from attnkern.ops.squeeze_excite.reference import ACTS, APPLIES, GATES, OUT_ACTS
@@ -20,14 +21,6 @@ def make_divisible(value: float, divisor: int) -> int:
 
 _ALIASES = {"swish": "silu", "hard_swish": "hardswish", "hardsigmoid": "hard_sigmoid"}
 """timm's names of activations that have another one here."""
-
-
-def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
-    """Past ``Module.__getattr__`` (0.5 us each) unless FSDP or a parametrization set them."""
-    parameters = layer._parameters
-    if "weight" in parameters and "bias" in parameters:
-        return parameters["weight"], parameters["bias"]
-    return layer.weight, layer.bias
 
 
 class SqueezeExcite(nn.Module):

@@ -1,0 +1,306 @@
+"""The gate with its parameters, keyed as the original authors key them, and two of them side by side."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.overrides import handle_torch_function, has_torch_function
+
+from attnkern import _checks
+from attnkern._layers import weight_and_bias
+from attnkern._select import IMPLS
+from attnkern.ops.attention_gate.checks import GATES, UPSAMPLINGS
+from attnkern.ops.attention_gate.functions import attention_gate
+from attnkern.ops.attention_gate.norm import BatchNorm
+from attnkern.ops.attention_gate.reference import ACTS, TARGETS
+
+# ------------------------------------------------------------------ batch norms
+
+
+def batch_norm(norm: Any) -> BatchNorm | None:
+    """What an ``nn.BatchNorm`` does at this call, which it counts as its own forward would."""
+    if norm is None:
+        return None
+    buffers, training, momentum = norm._buffers, norm.training, norm.momentum
+    mean, var, count = (buffers[n] for n in ("running_mean", "running_var", "num_batches_tracked"))
+    factor = 0.0 if momentum is None else momentum
+    if training and not norm.track_running_stats:
+        mean = var = None
+    elif training and count is not None:
+        count.add_(1)
+        if momentum is None:  # a cumulative mean
+            factor = 1.0 / float(count)
+    return BatchNorm(mean, var, *weight_and_bias(norm), training, factor, norm.eps)
+
+
+def synchronised(norm: Any, x: Tensor) -> bool:
+    """Whether the layer shares its statistics over ranks now (or refuses to, off the GPU)."""
+    return (
+        type(norm) is nn.SyncBatchNorm
+        and norm.training
+        and dist.is_available()
+        and dist.is_initialized()
+        and (not x.is_cuda or dist.get_world_size(norm.process_group) > 1)
+    )
+
+
+def gated(x: Tensor, g: Tensor, **arguments: Any) -> Any:
+    """`attention_gate` of plain maps; a subclass, as MONAI's MetaTensor, wraps what comes out."""
+    if has_torch_function((x, g)):
+        return handle_torch_function(_gated_plain, (x, g), x, g, arguments)
+    return attention_gate(x, g, **arguments)
+
+
+def _gated_plain(x: Tensor, g: Tensor, arguments: dict[str, Any]) -> Any:
+    return attention_gate(x.as_subclass(Tensor), g.as_subclass(Tensor), **arguments)
+
+
+# ------------------------------------------------------------------ modules
+
+_LAYERS: dict[int, Any] = {
+    1: (nn.Conv1d, nn.BatchNorm1d),
+    2: (nn.Conv2d, nn.BatchNorm2d),
+    3: (nn.Conv3d, nn.BatchNorm3d),
+}
+
+
+class AttentionGate(nn.Module):
+    r"""`attention_gate` with its convolutions and batch norms: the gate of Attention U-Net.
+
+    Parameters are keyed as in the authors' ``_GridAttentionBlockND``: ``theta.weight``
+    [F, C, *kernel], ``phi.weight`` [F, G, 1, ...], ``phi.bias``, ``psi.weight`` [1, F, 1, ...],
+    ``psi.bias``, and with ``out`` ``W.0`` (the 1x1 convolution) and ``W.1`` (its BatchNorm): state
+    dicts load both ways.  Batch norms of the branches are ``theta_norm``, ``phi_norm`` and
+    ``psi_norm``.  State dicts of MONAI's ``AttentionBlock`` and of its 2-D model (``W_g``, ``W_x``,
+    ``psi.0``, ``psi.1``; Image_Segmentation's ``Attention_block``) load with ``norm`` and
+    ``theta_bias``; those blocks take (g, x).
+
+    The options by which the blocks in use are gates of this class:
+
+    ======================================  =================================================
+    Attention-Gated-Networks                ``kernel=2, upsample="trilinear", out=True``
+    its ``concatenation_debug``             ``act="softplus"``
+    its ``concatenation_residual``          ``gate="softmax"``
+    MONAI, Image_Segmentation               ``norm=True, theta_bias=True``
+    ======================================  =================================================
+
+    Args:
+        channels: C of x.
+        gating_channels: G of g, C when None.
+        hidden: F, C // 2 when None.
+        kernel: of theta, which is also its stride: an int, or one for each spatial dim.
+        norm: a BatchNorm after theta, phi and psi.
+        act, act_slope, gate, upsample, align_corners, target, return_alpha, impl: as for
+            `attention_gate`.
+        out: a 1x1 convolution and a BatchNorm of the gated map.
+        theta_bias, phi_bias: whether theta and phi have one.
+        spatial_dims: 1 to 3.
+
+    A ``nn.SyncBatchNorm`` in place of a norm shares its statistics over ranks in training: the gate
+    is then computed by its layers, one by one.
+
+    Source: Oktay et al., Attention U-Net, arXiv:1804.03999.
+
+    >>> gate = AttentionGate(16, 32, kernel=2, upsample="bilinear")
+    >>> gate(torch.randn(2, 16, 32, 32), torch.randn(2, 32, 16, 16)).shape
+    torch.Size([2, 16, 32, 32])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        gating_channels: int | None = None,
+        hidden: int | None = None,
+        *,
+        kernel: int | Sequence[int] = 1,
+        norm: bool = False,
+        act: str = "relu",
+        act_slope: float = 0.01,
+        gate: str = "sigmoid",
+        upsample: str | None = None,
+        align_corners: bool = False,
+        target: str = "x",
+        out: bool = False,
+        theta_bias: bool = False,
+        phi_bias: bool = True,
+        spatial_dims: int = 2,
+        return_alpha: bool = False,
+        impl: str = "auto",
+        device: Any = None,
+        dtype: torch.dtype | None = None,
+    ):
+        super().__init__()
+        name = type(self).__name__
+        if spatial_dims not in (1, 2, 3):
+            _checks.fail(name, "spatial_dims", "be 1, 2 or 3", spatial_dims)
+        kernel = (kernel,) * spatial_dims if isinstance(kernel, int) else tuple(kernel)
+        if len(kernel) != spatial_dims:
+            _checks.fail(name, "kernel", f"be an int or {spatial_dims} of them", kernel)
+        gating_channels = channels if gating_channels is None else gating_channels
+        hidden = max(channels // 2, 1) if hidden is None else hidden
+        self.sizes = {"channels": channels, "gating_channels": gating_channels, "hidden": hidden}
+        for argument, size in (*self.sizes.items(), *(("kernel", k) for k in kernel)):
+            if not isinstance(size, int) or size < 1:
+                _checks.fail(name, argument, "be an int of at least 1", size)
+        for argument, value, choices in (
+            ("act", act, ACTS),
+            ("gate", gate, GATES),
+            ("upsample", upsample, (None, *UPSAMPLINGS[spatial_dims])),
+            ("target", target, TARGETS),
+            ("impl", impl, IMPLS),
+        ):
+            if value not in choices:
+                _checks.fail(
+                    name, argument, f"be one of {', '.join(map(str, choices))}", repr(value)
+                )
+        factory: dict[str, Any] = {"device": device, "dtype": dtype}
+        conv, bn = _LAYERS[spatial_dims]
+        self.theta = conv(channels, hidden, kernel, kernel, bias=theta_bias, **factory)
+        self.phi = conv(gating_channels, hidden, 1, bias=phi_bias, **factory)
+        self.psi = conv(hidden, 1, 1, **factory)
+        self.theta_norm = bn(hidden, **factory) if norm else None
+        self.phi_norm = bn(hidden, **factory) if norm else None
+        self.psi_norm = bn(1, **factory) if norm else None
+        width = channels if target == "x" else gating_channels
+        self.W = (
+            nn.Sequential(conv(width, width, 1, **factory), bn(width, **factory)) if out else None
+        )
+        self.options: dict[str, Any] = {
+            "act": act,
+            "act_slope": act_slope,
+            "gate": gate,
+            "upsample": upsample,
+            "align_corners": align_corners,
+            "target": target,
+            "return_alpha": return_alpha,
+            "impl": impl,
+        }
+        self.register_load_state_dict_pre_hook(_from_other_blocks)
+
+    def forward(self, x: Tensor, g: Tensor) -> Any:
+        return (
+            self._by_layers(x, g)
+            if any(synchronised(norm, x) for norm in self._norms())
+            else gated(x, g, **self._arguments())
+        )
+
+    def _norms(self) -> list[Any]:
+        m: Any = self._modules
+        norms = [m.get("theta_norm"), m.get("phi_norm"), m.get("psi_norm")]
+        return norms if m.get("W") is None else [*norms, m["W"][1]]
+
+    def _arguments(self) -> dict[str, Any]:
+        """What `attention_gate` takes besides the maps."""
+        m: Any = self._modules
+        given = dict(self.options)
+        layers = {"theta": m["theta"], "phi": m["phi"], "psi": m["psi"]}
+        if m.get("W") is not None:
+            layers["out"] = m["W"][0]
+        for (branch, layer), norm in zip(layers.items(), self._norms(), strict=True):
+            given[f"{branch}_weight"], given[f"{branch}_bias"] = weight_and_bias(layer)
+            if norm is not None:
+                given[f"{branch}_norm"] = batch_norm(norm)
+        return given
+
+    def _by_layers(self, x: Tensor, g: Tensor) -> Any:
+        """The same by the layers themselves."""
+        o = self.options
+        acts: dict[str, Any] = {"relu": F.relu, "softplus": F.softplus}
+        corners = None if o["upsample"] in (None, "nearest") else o["align_corners"]
+
+        def normed(t: Tensor, norm: nn.Module | None) -> Tensor:
+            return t if norm is None else norm(t)
+
+        def to_grid(t: Tensor, grid: torch.Size) -> Tensor:
+            if t.shape[2:] == grid:
+                return t
+            return F.interpolate(t, grid, mode=o["upsample"], align_corners=corners)
+
+        t = normed(self.theta(x), self.theta_norm)
+        h = t + to_grid(normed(self.phi(g), self.phi_norm), t.shape[2:])
+        h = acts[o["act"]](h) if o["act"] in acts else F.leaky_relu(h, o["act_slope"])
+        q = normed(self.psi(h), self.psi_norm)
+        alpha = q.sigmoid() if o["gate"] == "sigmoid" else q.flatten(1).softmax(1).view_as(q)
+        target = x if o["target"] == "x" else g
+        alpha_full = to_grid(alpha, target.shape[2:])
+        y = normed(alpha_full * target, self.W)
+        return (y, alpha, alpha_full) if o["return_alpha"] else y
+
+    def extra_repr(self) -> str:
+        return ", ".join(f"{name}={value!r}" for name, value in (self.sizes | self.options).items())
+
+
+class MultiAttentionGate(nn.Module):
+    """Attention gates of the same maps side by side, joined by a 1x1 convolution, BatchNorm and ReLU.
+
+    Parameters are keyed as in Attention-Gated-Networks' ``MultiAttentionBlock``, whose state dicts
+    load both ways: ``gate_block_1``, ``gate_block_2`` (`AttentionGate`), ``combine_gates.0``, ``.1``.
+
+    Args:
+        channels, gating_channels, hidden: as for `AttentionGate`.
+        gates: how many.
+        options: every other one of `AttentionGate`; ``out`` is True unless given.
+
+    With ``return_alpha`` the gates' maps come side by side along dim 1.
+
+    Source: Schlemper et al., Attention Gated Networks, arXiv:1808.08114.
+
+    >>> block = MultiAttentionGate(16, 32, kernel=2, upsample="trilinear", spatial_dims=3)
+    >>> block(torch.randn(2, 16, 8, 8, 8), torch.randn(2, 32, 4, 4, 4)).shape
+    torch.Size([2, 16, 8, 8, 8])
+    """
+
+    def __init__(
+        self,
+        channels: int,
+        gating_channels: int | None = None,
+        hidden: int | None = None,
+        *,
+        gates: int = 2,
+        **options: Any,
+    ):
+        super().__init__()
+        if not isinstance(gates, int) or gates < 1:
+            _checks.fail(type(self).__name__, "gates", "be an int of at least 1", gates)
+        options = {"out": True, **options}
+        for n in range(1, gates + 1):
+            gate = AttentionGate(channels, gating_channels, hidden, **options)
+            self.add_module(f"gate_block_{n}", gate)
+        factory = {name: options.get(name) for name in ("device", "dtype")}
+        width = gate.sizes["channels" if gate.options["target"] == "x" else "gating_channels"]
+        conv, bn = _LAYERS[options.get("spatial_dims", 2)]
+        joint = conv(gates * width, width, 1, **factory)
+        self.combine_gates = nn.Sequential(joint, bn(width, **factory), nn.ReLU(inplace=True))
+
+    def forward(self, x: Tensor, g: Tensor) -> Any:
+        return _side_by_side(*self.children(), maps=(x, g))
+
+
+def _side_by_side(*parts: nn.Module, maps: tuple[Tensor, Tensor]) -> Any:
+    *gates, combine = parts
+    results = [gate(*maps) for gate in gates]
+    if isinstance(results[0], Tensor):
+        return combine(torch.cat(results, 1))
+    y, *alphas = (torch.cat(result, 1) for result in zip(*results, strict=True))
+    return combine(y), *alphas
+
+
+_THEIRS = {
+    **{"W_x.0.conv.": "theta.", "W_x.0.": "theta.", "W_x.1.": "theta_norm."},
+    **{"W_g.0.conv.": "phi.", "W_g.0.": "phi.", "W_g.1.": "phi_norm."},
+    **{"psi.0.conv.": "psi.", "psi.0.": "psi.", "psi.1.": "psi_norm."},
+}
+"""Keys of MONAI's and Image_Segmentation's blocks."""
+
+
+def _from_other_blocks(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
+    for key in list(state):
+        own = key.removeprefix(prefix)
+        theirs = next((name for name in _THEIRS if own.startswith(name)), None)
+        if key.startswith(prefix) and theirs:
+            state[prefix + _THEIRS[theirs] + own.removeprefix(theirs)] = state.pop(key)
