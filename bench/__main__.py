@@ -26,6 +26,9 @@ NEEDS = {
     "torchvision": ("torchvision", "the whole models (or pass --only kernel)"),
     "skimage": ("scikit-image", "the photographs of the whole models (or pass --only kernel)"),
     "sklearn": ("scikit-learn", "the handwritten digits of the real runs"),
+    "ai_edge_litert": ("ai-edge-litert", "the original of the run selfie"),
+    "onnx": ("onnx", "the networks of the run ocr"),
+    "onnxruntime": ("onnxruntime", "the networks of the run ocr"),
 }
 
 
@@ -99,7 +102,13 @@ def missing(options: argparse.Namespace) -> list[str]:
     if not options.plain and not options.list:
         needed.append("rich")
     if options.run:
-        needed += sorted({name for module in chosen_runs(options) for name in module.NEEDS})
+        from bench import wheels
+
+        chosen = chosen_runs(options)
+        for wheel in (w for module in chosen for w in getattr(module, "WHEELS", ())):
+            if wheels.find(wheel) is None:
+                stop(wheels.advice(wheel))
+        needed += sorted({name for module in chosen for name in module.NEEDS})
         return [name for name in needed if importlib.util.find_spec(name) is None]
     if not options.json and not options.list:
         needed += ["jinja2", "matplotlib"]

@@ -187,7 +187,7 @@ def test_every_run_is_listed_and_an_unknown_one_refused(capsys):
     assert cli.main(["--cpu", "--list"]) == 0
     listed = capsys.readouterr().out.splitlines()
     assert {f"--run {name}" for name in run.runs()} <= set(listed)
-    assert set(run.runs()) == {"bag", "captions", "mil", "roi", "slide"}
+    assert {"bag", "captions", "mil", "roi", "slide"} <= set(run.runs())
     with pytest.raises(SystemExit):
         cli.main(["--run", "nothing", "--plain"])
-    assert "--run must be of bag, captions, mil, roi, slide or all" in capsys.readouterr().err
+    assert f"--run must be of {', '.join(run.runs())} or all" in capsys.readouterr().err

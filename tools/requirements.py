@@ -1,6 +1,10 @@
-"""Prints what pyproject.toml requires for building, testing and development, for pip's command line."""
+"""Prints what pyproject.toml requires for building, testing and development, for pip's command line.
+
+``requirements.py wheels`` prints the wheels that are downloaded for the files in them instead.
+"""
 
 import re
+import sys
 from pathlib import Path
 
 try:
@@ -19,5 +23,8 @@ def expand(requirement: str) -> list[str]:
     return [r for extra in own[1].split(",") for inner in extras[extra] for r in expand(inner)]
 
 
+if sys.argv[1:] == ["wheels"]:
+    print(*project["tool"]["attnkern"]["wheels"])
+    raise SystemExit
 wanted = [*project["build-system"]["requires"], *project["project"]["dependencies"], *extras["dev"]]
 print(*dict.fromkeys(r for line in wanted for r in expand(line)))

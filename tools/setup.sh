@@ -19,6 +19,10 @@ if [ ! -e $installed ] || [ pyproject.toml -nt $installed ]; then
   # what pyproject.toml lists, without building attnkern yet
   .venv/bin/python -m pip install -q --progress-bar on $(.venv/bin/python tools/requirements.py) ||
     stop "installing the requirements failed; the lines above say which and why"
+  # archives to read from, of one platform and Python whatever this is: they hold networks, not code that runs
+  .venv/bin/python -m pip download -q --no-deps --only-binary :all: --python-version 3.11 --platform manylinux_2_28_x86_64 \
+    -d .venv/wheels $(.venv/bin/python tools/requirements.py wheels) ||
+    stop "downloading the wheels with the trained networks failed; the lines above say why"
   rm -f $built && touch $installed
 fi
 
