@@ -80,8 +80,7 @@ def _refuse_conv(role: str, conv: Any) -> str | None:
         conv.kernel_size == conv.stride
         and conv.groups == 1
         and (conv.padding == "valid" or not any(conv.padding))
-        and all(d == 1 for d in conv.dilation)
-        and conv.weight.dim() == len(conv.kernel_size) + 2
+        and set(conv.dilation) == {1}
     )
     return None if plain else f"its {role} is not a plain convolution of whole patches: {conv}"
 
@@ -93,7 +92,7 @@ def _refuse_norm(role: str, norm: Any, conv: Any) -> str | None:
         return f"its {role}'s norm {reason}"
     if norm.eps <= 0 or norm.num_features != conv.out_channels or (norm.momentum or 0) < 0:
         return f"its {role}'s norm is {norm}"
-    if (norm.running_mean is None) != (norm.running_var is None):
+    if (norm._buffers["running_mean"] is None) != (norm._buffers["running_var"] is None):
         return f"its {role}'s norm has one running statistic of two"
     return None
 
@@ -120,7 +119,7 @@ def read(
             if reason := _refuse_norm(role, norm, conv):
                 return reason
             norms[f"{role}_norm"] = norm
-        if role != "theta" and any(k != 1 for k in conv.kernel_size):
+        if role != "theta" and set(conv.kernel_size) != {1}:
             return f"its {role} is not a 1x1 convolution: {conv}"
         weights[f"{role}_weight"], weights[f"{role}_bias"] = weight_and_bias(conv)
     if len(set(map(id, norms.values()))) < len(norms):
@@ -189,33 +188,28 @@ def _accepts(x: Any, g: Any, a: Arguments) -> bool:
 
 
 def _dtypes_agree(x: Tensor, g: Tensor, a: Arguments) -> bool:
-    dtype, device = a.theta_weight.dtype, a.theta_weight.device
-    for t in a.weights.values():
-        if t is not None and not _plain(t, device, dtype):
-            return False
+    dtype, low = a.theta_weight.dtype, _autocast.lowers_to(x)
+    groups = [(dtype, [*a.weights.values()])]
     for norm in a.norms.values():
-        wider = None
-        for t in (*norm._parameters.values(), *norm._buffers.values()):
-            if t is None or not t.is_floating_point():
-                continue
-            wider = wider or t.dtype
-            if not _plain(t, device, wider):
-                return False
-        if wider not in (None, dtype) and (wider != torch.float32 or dtype not in _LOW):
+        tensors = [*norm._parameters.values(), *norm._buffers.values()]
+        tensors = [t for t in tensors if t is not None and t.is_floating_point()]
+        kind = tensors[0].dtype if tensors else dtype
+        # float32 norms of low-precision maps are the one mixture that F.batch_norm takes
+        if kind is not dtype and not (kind is torch.float32 and dtype in _LOW):
             return False
-    low = _autocast.lowers_to(x)
+        groups.append((kind, tensors))
+    for kind, tensors in groups:
+        for t in tensors:
+            # sharded and quantised parameters are wrapper subclasses; their layers know them
+            if t is not None and (
+                t.dtype is not kind
+                or t.device != x.device
+                or (type(t) not in _TENSORS and hasattr(type(t), "__tensor_flatten__"))
+            ):
+                return False
     if low is None:
         return x.dtype == g.dtype == dtype
     return {x.dtype, g.dtype} <= {torch.float32, low} and dtype in (torch.float32, x.dtype)
-
-
-def _plain(t: Tensor, device: torch.device, dtype: torch.dtype) -> bool:
-    # sharded and quantised parameters are wrapper subclasses; their layers know them
-    return (
-        t.device == device
-        and t.dtype is dtype
-        and (type(t) in _TENSORS or not hasattr(type(t), "__tensor_flatten__"))
-    )
 
 
 def call(a: Any, x: Tensor, g: Tensor, impl: str, **options: Any) -> Any:

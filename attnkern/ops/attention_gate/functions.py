@@ -9,9 +9,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from attnkern import _autocast, _select
+from attnkern import _autocast
 from attnkern.ops.attention_gate import checks, op
-from attnkern.ops.attention_gate.norm import BatchNorm, coefficients, fold, track
+from attnkern.ops.attention_gate.norm import BatchNorm, coefficients, fold, in_dtype, track
 from attnkern.ops.attention_gate.reference import Inputs, Options, accumulation_dtype
 from attnkern.ops.attention_gate.resample import taps
 
@@ -91,22 +91,19 @@ def attention_gate(
     """
     if isinstance(x, Tensor) and isinstance(g, Tensor) and _autocast.enabled(x):
         g = g.to(x.dtype)  # as torch promotes alpha to x's dtype
-    checks.check_maps(x, g)
-    checks.check_options(x, act, act_slope, gate, upsample, target)
-    kernel = checks.kernel_of(x, theta_weight)
+    kernel, impl = checks.admit(
+        *(impl, x, g),
+        checks.Weights(
+            *(theta_weight, theta_bias, phi_weight, phi_bias),
+            *(psi_weight, psi_bias, out_weight, out_bias),
+        ),
+        checks.Norms(theta_norm, phi_norm, psi_norm, out_norm),
+        checks.Choices(act, act_slope, gate, upsample, target),
+    )
     hidden, spatial = theta_weight.shape[0], x.shape[2:]
     grid = tuple(size // k for size, k in zip(spatial, kernel, strict=True))  # of q
     full = tuple(spatial if target == "x" else g.shape[2:])  # of y
-    gated = x.shape[1] if target == "x" else g.shape[1]
-    weights = (theta_bias, phi_weight, phi_bias, psi_weight, psi_bias, out_weight, out_bias)
-    checks.check_weights(x, g, hidden, *weights, gated)
-    checks.check_grids(g, grid, full, upsample)
     positions = x.shape[0] * math.prod(grid)
-    checks.check_norm("theta_norm", theta_norm, x, hidden, positions)
-    checks.check_norm("phi_norm", phi_norm, x, hidden, g.shape[0] * math.prod(g.shape[2:]))
-    checks.check_norm("psi_norm", psi_norm, x, 1, positions)
-    checks.check_out_norm(out_norm, x, out_weight, x.shape[0] * math.prod(full))
-    impl = _select.select("attention_gate", impl, x.device, x.dtype, "attention_gate_fwd")
 
     with _autocast.full_precision(x):
         theta = _convolution(theta_weight, theta_bias, theta_norm, x)
@@ -161,10 +158,10 @@ def _convolution(
     weight: Tensor, bias: Tensor | None, norm: BatchNorm | None, x: Tensor
 ) -> _Convolution:
     acc = accumulation_dtype(x.dtype)
-    w, b = weight.flatten(1).to(acc), None if bias is None else bias.to(acc)
+    w, b = in_dtype(weight.flatten(1), acc), in_dtype(bias, acc)
     if norm is None or not norm.over_batch:
         return _Convolution(*fold(norm, w, b), None, None)
-    gamma, beta = (None if t is None else t.to(acc) for t in (norm.weight, norm.bias))
+    gamma, beta = in_dtype(norm.weight, acc), in_dtype(norm.bias, acc)
     # the mean takes the bias off again; its gradient is 0 rather than none, as DDP wants one
     nothing = None if b is None else 0.0 * b
     return _Convolution(w, _sum(nothing, beta), gamma, norm.eps)
@@ -261,7 +258,7 @@ def _batch_norm(t: Tensor, norm: BatchNorm, bias: Tensor | None = None) -> Tenso
     dims = [d for d in range(t.dim()) if d != 1]
     acc = accumulation_dtype(t.dtype)
     var, mean = torch.var_mean(t.to(acc), dims, correction=0)
-    scale, shift = coefficients(norm, mean, var, mean)
+    scale, shift = coefficients(norm, mean, var, None)
     track(norm, mean, var, t.numel() // t.shape[1], None)
     shape = (-1, *(1,) * (t.dim() - 2))
     return (t * scale.view(shape) + shift.view(shape)).to(t.dtype)
@@ -269,8 +266,7 @@ def _batch_norm(t: Tensor, norm: BatchNorm, bias: Tensor | None = None) -> Tenso
 
 def _out(y: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm | None) -> Tensor:
     acc = accumulation_dtype(y.dtype)
-    w = weight.to(acc).flatten(1)
-    w, b = fold(norm, w, None if bias is None else bias.to(acc))
+    w, b = fold(norm, in_dtype(weight.flatten(1), acc), in_dtype(bias, acc))
     convolution = (F.conv1d, F.conv2d, F.conv3d)[y.dim() - 3]
     w = w.view(*w.shape, *(1,) * (y.dim() - 2)).to(y.dtype)
     y = convolution(y, w, None if b is None else b.to(y.dtype))

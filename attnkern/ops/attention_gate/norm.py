@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -33,28 +33,33 @@ class BatchNorm(NamedTuple):
         return self.training or self.running_mean is None
 
 
-def coefficients(norm: BatchNorm, mean: Tensor, var: Tensor, like: Tensor) -> tuple[Tensor, Tensor]:
-    """scale and shift of batch_norm(t) = scale t + shift, in the dtype of ``like``."""
-    scale = (var.to(like.dtype) + norm.eps).rsqrt()
+def in_dtype(t: Tensor | None, dtype: torch.dtype) -> Any:
+    """t.to(dtype), which takes 0.8 us even where there is nothing to do."""
+    return t if t is None or t.dtype is dtype else t.to(dtype)
+
+
+def coefficients(
+    norm: BatchNorm, mean: Tensor, var: Tensor, bias: Tensor | None
+) -> tuple[Any, Any]:
+    """scale and shift of batch_norm(t + bias) = scale t + shift, in the dtype of mean and var."""
+    scale = torch.rsqrt(var + norm.eps)
     if norm.weight is not None:
-        scale = scale * norm.weight.to(like.dtype)
-    shift = -mean.to(like.dtype) * scale
-    return scale, shift if norm.bias is None else shift + norm.bias.to(like.dtype)
+        scale = scale * in_dtype(norm.weight, scale.dtype)
+    centre = -mean if bias is None else bias - mean
+    if norm.bias is None:
+        return scale, scale * centre
+    return scale, torch.addcmul(in_dtype(norm.bias, scale.dtype), scale, centre)
 
 
 def fold(
     norm: BatchNorm | None, weight: Tensor, bias: Tensor | None
 ) -> tuple[Tensor, Tensor | None]:
-    """weight [F, ...] and bias [F] of a convolution with its ``norm`` in evaluation folded in."""
+    """weight [F, C] and bias [F] of a convolution with its ``norm`` in evaluation folded in."""
     if norm is None or norm.over_batch:
         return weight, bias
-    assert norm.running_mean is not None
-    assert norm.running_var is not None
-    scale, shift = coefficients(norm, norm.running_mean, norm.running_var, weight)
-    return (
-        weight * scale.view(-1, *(1,) * (weight.dim() - 1)),
-        shift if bias is None else shift + scale * bias,
-    )
+    mean, var = (in_dtype(t, weight.dtype) for t in (norm.running_mean, norm.running_var))
+    scale, shift = coefficients(norm, mean, var, bias)
+    return weight * scale.unsqueeze(1), shift
 
 
 def track(norm: BatchNorm, mean: Tensor, var: Tensor, count: int, bias: Tensor | None) -> None:
