@@ -74,6 +74,25 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption("--impl", default="", help="only these implementations, comma-separated")
 
 
+def pytest_configure(config: pytest.Config) -> None:
+    config.addinivalue_line("markers", "minutes: takes minutes; parallel workers begin with it")
+
+
+@pytest.hookimpl(trylast=True)
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """Spreads tests of minutes over the workers' first tests; last, they would leave workers idle.
+
+    ``--dist worksteal`` gives each worker an equal run of the list, and lets the idle steal from the end.
+    """
+    if not hasattr(config, "workerinput"):
+        return
+    workers, total = config.workerinput["workercount"], len(items)
+    long = [item for item in items if item.get_closest_marker("minutes")]
+    items[:] = [item for item in items if item not in long]
+    for index, item in enumerate(long):
+        items.insert(index % workers * total // workers, item)
+
+
 def pytest_report_header(config: pytest.Config) -> str:
     built = _native._C.build_info() if _native.available else _native.reason
     return f"attnkern: {', '.join(map(str, TARGETS))}; compiled part: {built}"

@@ -20,6 +20,7 @@ triton = pytest.importorskip("triton", reason="Triton is not installed")
 INNER = sorted(Path(__file__).parent.glob("triton_interpreted*.py"))
 
 
+@pytest.mark.minutes
 @pytest.mark.parametrize("inner", INNER, ids=lambda path: path.stem)
 def test_in_the_interpreter(inner):
     command = [
