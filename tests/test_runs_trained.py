@@ -2,13 +2,16 @@
 
 from __future__ import annotations
 
+import collections
+from dataclasses import replace
+
 import pytest
 import torch
 
 from attnkern import functional
 from bench import __main__ as cli
-from bench import run, wheels
-from bench.runs import selfie
+from bench import cut, run, wheels
+from bench.runs import ocr, selfie
 
 pytest.importorskip("skimage")
 
@@ -103,6 +106,64 @@ def test_selfie_notices_a_wrong_gate(settings, monkeypatch, wrong):
     monkeypatch.setattr(selfie, "squeeze_excite", wrong)
     monkeypatch.setattr(selfie, "picture", lambda shown, settings: settings.out)
     assert len(missed(selfie.run(settings))) == 2
+
+
+# ------------------------------------------------------------------ ocr
+
+
+def test_ocr_reads_what_onnxruntime_reads(settings):
+    needs(ocr)
+    outcome = ocr.run(settings)
+    assert missed(outcome) == []
+    assert len(outcome.claims) == 9
+    read = [text for name, text in outcome.figures.items() if name.startswith("line ")]
+    assert len(read) == 7
+    assert read[0] == "Region-based segmentation"
+    assert all(path.stat().st_size > 50_000 for path in outcome.pictures)
+
+
+def test_ocr_finds_every_block():
+    """Of three kinds; the classifier's last mean feeds its head and is none."""
+    needs(ocr)
+    kinds = {
+        name: collections.Counter((b.apply, round(b.slope, 3)) for b in ocr.graph(name).blocks)
+        for name in ocr.FILES
+    }
+    assert kinds == {
+        "detector": {("scale", 0.167): 2, ("scale1p", 0.2): 8},
+        "classifier": {("scale", 0.2): 9},
+        "recogniser": {("scale", 0.167): 2},
+    }
+
+
+def other_slope(block, x):
+    slope = 0.2 if block.slope < 0.19 else 1 / 6
+    return cut.ours(replace(block, slope=slope), x)
+
+
+def other_apply(block, x):
+    return cut.ours(replace(block, apply="scale1p" if block.apply == "scale" else "scale"), x)
+
+
+def no_bias(block, x):
+    w1, b1, w2, b2 = block.mlp
+    return cut.ours(replace(block, mlp=(w1, b1, w2, torch.zeros_like(b2))), x)
+
+
+@pytest.mark.parametrize("name", ["detector", "classifier", "recogniser"])
+@torch.no_grad()
+def test_ocr_notices_a_wrong_gate(name):
+    needs(ocr)
+    network = cut.Cut(ocr.graph(name))
+    whole = ocr.page(192)
+    x = whole if name == "detector" else whole[:, :, 60:108, :192].contiguous()
+    right = ocr.compared(network, [x], cut.ours)
+    assert right.gates <= 2
+    assert right.apart <= ocr.HALF
+    for gate in (other_slope, other_apply, no_bias):
+        wrong = ocr.compared(network, [x], gate)
+        assert wrong.gates > 100
+        assert wrong.apart > ocr.HALF
 
 
 # ------------------------------------------------------------------ wheels
