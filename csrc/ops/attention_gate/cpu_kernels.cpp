@@ -1,0 +1,19 @@
+// The kernels for every instruction set, and the choice among them.
+#include "ops/attention_gate/cpu_kernels.h"
+
+#include <utility>
+
+#define ATTNKERN_KERNELS "ops/attention_gate/kernels.simd.h"
+#include "cpu/foreach_isa.h"
+
+namespace attnkern::attention_gate {
+
+const CpuKernels& cpu_kernels(cpu::Isa isa) {
+#if defined(__x86_64__)
+  if (isa == cpu::Isa::avx512) return avx512::kKernels;
+  if (isa == cpu::Isa::avx2) return avx2::kKernels;
+#endif
+  return scalar::kKernels;
+}
+
+}  // namespace attnkern::attention_gate

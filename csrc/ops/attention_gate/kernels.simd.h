@@ -1,0 +1,56 @@
+// The kernels of one instruction set; compiled by cpu/foreach_isa.h, hence no include guard. Each needs those above.
+#include "cpu/simd.h"
+
+#include "cpu/gemm.simd.h"
+#include "cpu/math.simd.h"
+
+#include "ops/attention_gate/activations.simd.h"
+#include "ops/attention_gate/product.simd.h"
+
+#include "ops/attention_gate/maps.simd.h"
+
+#include "ops/attention_gate/hidden.simd.h"
+#include "ops/attention_gate/resample.simd.h"
+#include "ops/attention_gate/weights.simd.h"
+
+#include "ops/attention_gate/gate.simd.h"
+
+namespace attnkern::attention_gate::ATTNKERN_ISA {
+
+void forward(const ForwardParams& p, const Weights& w, const Unit& unit, const Scratch& s) {
+  cpu::visit(p.dtype, [&](auto t) { forward_unit<decltype(t)>(p, w, unit, s); });
+}
+void backward(const BackwardParams& p, const Weights& w, const Unit& unit, const Scratch& s, const Sums& sums,
+              const Slab& slab) {
+  cpu::visit(p.dtype, [&](auto t) { backward_unit<decltype(t)>(p, w, unit, s, sums, slab); });
+}
+void uncovered(const BackwardParams& p, int64_t b) {
+  cpu::visit(p.dtype, [&](auto t) { put_uncovered<decltype(t)>(p, b); });
+}
+void merge_slabs(const BackwardParams& p, int64_t b, Range positions, const Slab* slabs, int64_t count, void* rows,
+                 void* columns) {
+  cpu::visit(p.dtype, [&](auto t) { merge_slabs_of<decltype(t)>(p, b, positions, slabs, count, rows, columns); });
+}
+void sums(const SumsParams& p, const Weights& w, const Unit& unit, const Scratch& s, const Sums& to) {
+  cpu::visit(p.dtype, [&](auto t) { sums_unit<decltype(t)>(p, w, unit, s, to); });
+}
+void moments(const Inputs& p, const Weights& w, const Unit& unit, const Scratch& s, void* out) {
+  cpu::visit(p.dtype, [&](auto t) { moments_unit<decltype(t)>(p, w, unit, s, out); });
+}
+void merge_moments(const MomentsParams& p, const void* parts, const Unit* units, int64_t count) {
+  cpu::visit(accumulation(p.dtype), [&](auto t) {
+    using A = Accumulator<decltype(t)>;
+    merge_moments_of(p, static_cast<const A*>(parts), units, count);
+  });
+}
+void apply(const ApplyParams& p, const Unit& unit, bool streaming) {
+  cpu::visit(p.dtype, [&](auto t) { apply_unit<decltype(t)>(p, unit, streaming); });
+}
+void apply_backward(const ApplyBackwardParams& p, const Unit& unit, bool streaming) {
+  cpu::visit(p.dtype, [&](auto t) { apply_backward_unit<decltype(t)>(p, unit, streaming); });
+}
+
+constexpr CpuKernels kKernels{pack,    forward,       backward, uncovered,  merge_slabs, sums,
+                              moments, merge_moments, add,      put_weight, apply,       apply_backward};
+
+}  // namespace attnkern::attention_gate::ATTNKERN_ISA

@@ -1,0 +1,221 @@
+// Tensors -> params.h -> launchers, for the dispatch key CPU.
+#include "ops/attention_gate/params.h"
+
+#include <tuple>
+
+#include "torch/glue.h"
+
+namespace attnkern::attention_gate {
+namespace {
+
+using glue::MaybeTensor;
+using glue::Tensor;
+
+constexpr std::array<std::string_view, 3> kActs{"relu", "leaky_relu", "softplus"};
+constexpr std::array<std::string_view, 2> kTargets{"x", "g"};
+
+// attnkern/_layout.py's rule for x [B, C, X1, X2, X3]: channels first when the spatial dims merge into one of stride 1.
+bool is_channels_last(const Tensor& x) {
+  int64_t expected = 1;
+  for (int64_t d = 4; d >= 2; --d) {
+    if (x.size(d) != 1 && x.stride(d) != expected) return true;
+    expected *= x.size(d);
+  }
+  return false;
+}
+
+template <class Pointer>
+MapOf<Pointer> map_of(Pointer data, const Tensor& t, bool last) {
+  if (!last) return {data, t.stride(0), t.stride(1), 1};
+  int64_t position = t.size(1);
+  for (int64_t d = 4; d >= 2; --d)
+    if (t.size(d) != 1) {
+      position = t.stride(d);
+      break;
+    }
+  return {data, t.stride(0), 1, position};
+}
+
+ConstMap const_map(const Tensor& t, bool last) { return map_of<const void*>(glue::data_or_null(t), t, last); }
+Map mutable_map(Tensor& t, bool last) { return t.numel() ? map_of<void*>(t.mutable_data_ptr(), t, last) : Map{}; }
+
+Sizes sizes_of(const Tensor& x, const std::array<int64_t, 3>& kernel, int64_t hidden) {
+  Sizes n{x.size(0), x.size(1), 0, hidden, {}, {}, {}, {}};
+  for (int d = 0; d < 3; ++d) {
+    n.x[d] = x.size(d + 2);
+    n.kernel[d] = kernel[d];
+    n.g[d] = n.grid[d] = n.x[d] / kernel[d];
+  }
+  return n;
+}
+
+struct Call {
+  const Tensor &x, &g, &theta;
+  const MaybeTensor &phi, &bias;
+  const Tensor& psi;
+  const MaybeTensor &psi_bias, &taps, &tap_weights;
+  std::string_view act;
+  double slope;
+  std::array<int64_t, 3> kernel;
+  std::string_view target;
+  bool apply;
+};
+
+void fill(Inputs& p, const Call& c) {
+  const bool last = is_channels_last(c.x);
+  p.dtype = glue::dtype_of(c.x);
+  p.sizes = sizes_of(c.x, c.kernel, c.theta.size(0));
+  p.sizes.gating = c.g.size(1);
+  for (int d = 0; d < 3; ++d) p.sizes.g[d] = c.g.size(d + 2);
+  p.act = glue::parse<HiddenAct>(c.act, kActs);
+  p.slope = c.slope;
+  p.target = glue::parse<Target>(c.target, kTargets);
+  p.apply = c.apply;
+  p.x = const_map(c.x, last);
+  p.g = const_map(c.g, last);
+  p.theta = glue::data_or_null(c.theta);
+  p.phi = glue::data_or_null(c.phi);
+  p.bias = glue::data_or_null(c.bias);
+  p.psi = glue::data_or_null(c.psi);
+  p.psi_bias = glue::data_or_null(c.psi_bias);
+  p.taps = static_cast<const int64_t*>(glue::data_or_null(c.taps));
+  p.tap_weights = glue::data_or_null(c.tap_weights);
+}
+
+template <class Params, class Workspace, class Launch>
+void launch_cpu(Params& p, const Tensor& x, Workspace workspace_of, Launch launch, const char* op) {
+  const ThreadPool pool = glue::torch_threads();
+  Tensor workspace = glue::bytes(x, workspace_of(p, pool));
+  p.workspace = glue::mutable_or_null(workspace);
+  glue::check(launch(p, pool), op);
+}
+
+Tensor nothing(const Tensor& like) { return glue::empty(like, std::array<int64_t, 1>{0}, like.scalar_type()); }
+Tensor vector(const Tensor& like, int64_t size) {
+  return glue::empty(like, std::array<int64_t, 1>{size}, like.scalar_type());
+}
+
+std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& g, const Tensor& theta, const MaybeTensor& phi,
+                                   const MaybeTensor& bias, const Tensor& psi, const MaybeTensor& psi_bias,
+                                   const MaybeTensor& taps, const MaybeTensor& tap_weights, const std::string& act,
+                                   double slope, int64_t k1, int64_t k2, int64_t k3, const std::string& target,
+                                   bool apply) {
+  ForwardParams p{};
+  fill(p, {x, g, theta, phi, bias, psi, psi_bias, taps, tap_weights, act, slope, {k1, k2, k3}, target, apply});
+  const Sizes& n = p.sizes;
+  Tensor q = glue::empty(x, std::array<int64_t, 4>{n.batch, n.grid[0], n.grid[1], n.grid[2]}, theta.scalar_type());
+  Tensor y = apply ? glue::empty_like(p.target == Target::x ? x : g) : nothing(x);
+  p.q = glue::mutable_or_null(q);
+  p.y = mutable_map(y, is_channels_last(x));
+  launch_cpu(p, x, forward_workspace_cpu, launch_forward_cpu, "attention_gate");
+  return {q, y};
+}
+
+std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
+    const MaybeTensor& d, const MaybeTensor& dq, const Tensor& x, const Tensor& g, const Tensor& theta,
+    const MaybeTensor& phi, const MaybeTensor& bias, const Tensor& psi, const MaybeTensor& psi_bias,
+    const MaybeTensor& taps, const MaybeTensor& tap_weights, const Tensor& q, const MaybeTensor& theta_scale,
+    const MaybeTensor& theta_k0, const MaybeTensor& theta_k1, const MaybeTensor& phi_scale, const MaybeTensor& phi_k0,
+    const MaybeTensor& phi_k1, const std::string& act, double slope, int64_t k1, int64_t k2, int64_t k3,
+    const std::string& target, bool apply, bool need_x, bool need_g, bool need_weights) {
+  BackwardParams p{};
+  fill(p, {x, g, theta, phi, bias, psi, psi_bias, taps, tap_weights, act, slope, {k1, k2, k3}, target, apply});
+  const bool last = is_channels_last(x);
+  if (d.has_value()) {
+    STD_TORCH_CHECK(d->numel() == 0 || is_channels_last(*d) == last,
+                    "attention_gate: the gradient must have the layout of x");
+    p.d = const_map(*d, last);
+  }
+  const int64_t hidden = need_weights ? p.sizes.hidden : 0;
+  Tensor dx = need_x ? glue::empty_like(x) : nothing(x);
+  Tensor dg = need_g ? glue::empty_like(g) : nothing(x);
+  Tensor dtheta = need_weights ? glue::empty_like(theta) : nothing(theta);
+  Tensor dphi = phi.has_value() && need_weights ? glue::empty_like(*phi) : nothing(theta);
+  Tensor dbias = vector(theta, hidden), dpsi = vector(theta, hidden), dpsi_bias = vector(theta, need_weights ? 1 : 0);
+  p.dq = glue::data_or_null(dq);
+  p.q = glue::data_or_null(q);
+  p.theta_branch = {glue::data_or_null(theta_scale), glue::data_or_null(theta_k0), glue::data_or_null(theta_k1)};
+  p.phi_branch = {glue::data_or_null(phi_scale), glue::data_or_null(phi_k0), glue::data_or_null(phi_k1)};
+  p.dx = mutable_map(dx, last);
+  p.dg = mutable_map(dg, last);
+  p.dtheta = glue::mutable_or_null(dtheta);
+  p.dphi = glue::mutable_or_null(dphi);
+  p.dbias = glue::mutable_or_null(dbias);
+  p.dpsi = glue::mutable_or_null(dpsi);
+  p.dpsi_bias = glue::mutable_or_null(dpsi_bias);
+  launch_cpu(p, x, backward_workspace_cpu, launch_backward_cpu, "attention_gate backward");
+  return {dx, dg, dtheta, dphi, dbias, dpsi, dpsi_bias};
+}
+
+std::tuple<Tensor, Tensor> moments(const Tensor& x, const Tensor& weight, int64_t k1, int64_t k2, int64_t k3) {
+  MomentsParams p{};
+  p.dtype = glue::dtype_of(x);
+  p.sizes = sizes_of(x, {k1, k2, k3}, weight.size(0));
+  p.x = const_map(x, is_channels_last(x));
+  p.weight = glue::data_or_null(weight);
+  Tensor mean = vector(weight, p.sizes.hidden), var = vector(weight, p.sizes.hidden);
+  p.mean = glue::mutable_or_null(mean);
+  p.var = glue::mutable_or_null(var);
+  launch_cpu(p, x, moments_workspace_cpu, launch_moments_cpu, "attention_gate moments");
+  return {mean, var};
+}
+
+std::tuple<Tensor, Tensor, Tensor> sums(const Tensor& dq, const Tensor& x, const Tensor& g, const Tensor& theta,
+                                        const MaybeTensor& phi, const MaybeTensor& bias, const Tensor& psi,
+                                        const MaybeTensor& psi_bias, const MaybeTensor& taps,
+                                        const MaybeTensor& tap_weights, const MaybeTensor& theta_scale,
+                                        const MaybeTensor& phi_scale, const std::string& act, double slope, int64_t k1,
+                                        int64_t k2, int64_t k3, const std::string& target, bool apply) {
+  SumsParams p{};
+  fill(p, {x, g, theta, phi, bias, psi, psi_bias, taps, tap_weights, act, slope, {k1, k2, k3}, target, apply});
+  Tensor dh = vector(theta, p.sizes.hidden), dht = vector(theta, p.sizes.hidden), dhu = vector(theta, p.sizes.hidden);
+  p.dq = glue::data_or_null(dq);
+  p.theta_scale = glue::data_or_null(theta_scale);
+  p.phi_scale = glue::data_or_null(phi_scale);
+  p.dh = glue::mutable_or_null(dh);
+  p.dht = glue::mutable_or_null(dht);
+  p.dhu = glue::mutable_or_null(dhu);
+  launch_cpu(p, x, sums_workspace_cpu, launch_sums_cpu, "attention_gate sums");
+  return {dh, dht, dhu};
+}
+
+Tensor apply_forward(const Tensor& x, const Tensor& alpha) {
+  const bool last = is_channels_last(x);
+  Tensor y = glue::empty_like(x);
+  const ApplyParams p{
+      glue::dtype_of(x),      x.size(0),           x.size(1), x.size(2) * x.size(3) * x.size(4), const_map(x, last),
+      alpha.const_data_ptr(), mutable_map(y, last)};
+  glue::check(launch_apply_cpu(p, glue::torch_threads()), "gate_apply");
+  return y;
+}
+
+std::tuple<Tensor, Tensor> apply_backward(const Tensor& dy, const Tensor& x, const Tensor& alpha) {
+  const bool last = is_channels_last(x);
+  STD_TORCH_CHECK(dy.numel() == 0 || is_channels_last(dy) == last,
+                  "gate_apply: the gradient must have the layout of x");
+  Tensor dx = glue::empty_like(x), dalpha = glue::empty_like(alpha);
+  const ApplyBackwardParams p{glue::dtype_of(x),
+                              x.size(0),
+                              x.size(1),
+                              x.size(2) * x.size(3) * x.size(4),
+                              const_map(x, last),
+                              const_map(dy, last),
+                              alpha.const_data_ptr(),
+                              mutable_map(dx, last),
+                              dalpha.mutable_data_ptr()};
+  glue::check(launch_apply_backward_cpu(p, glue::torch_threads()), "gate_apply backward");
+  return {dx, dalpha};
+}
+
+}  // namespace
+
+STABLE_TORCH_LIBRARY_IMPL(attnkern, CPU, m) {
+  m.impl("attention_gate_fwd.native", TORCH_BOX(&forward));
+  m.impl("attention_gate_bwd.native", TORCH_BOX(&backward));
+  m.impl("attention_gate_moments.native", TORCH_BOX(&moments));
+  m.impl("attention_gate_sums.native", TORCH_BOX(&sums));
+  m.impl("gate_apply_fwd.native", TORCH_BOX(&apply_forward));
+  m.impl("gate_apply_bwd.native", TORCH_BOX(&apply_backward));
+}
+
+}  // namespace attnkern::attention_gate
