@@ -11,7 +11,14 @@ from torch import Tensor
 
 from attnkern import _autocast
 from attnkern.ops.attention_gate import checks, op
-from attnkern.ops.attention_gate.norm import BatchNorm, coefficients, fold, in_dtype, track
+from attnkern.ops.attention_gate.norm import (
+    BatchNorm,
+    coefficients,
+    fold,
+    in_dtype,
+    of_no_samples,
+    track,
+)
 from attnkern.ops.attention_gate.reference import Inputs, Options, accumulation_dtype
 from attnkern.ops.attention_gate.resample import taps
 
@@ -105,6 +112,12 @@ def attention_gate(
     full = tuple(spatial if target == "x" else g.shape[2:])  # of y
     positions = x.shape[0] * math.prod(grid)
 
+    if x.shape[0] == 0:
+        theta_norm = of_no_samples(theta_norm, hidden, theta_weight)
+        phi_norm = of_no_samples(phi_norm, hidden, phi_weight)
+        psi_norm = of_no_samples(psi_norm, 1, psi_weight)
+        if out_weight is not None:
+            out_norm = of_no_samples(out_norm, out_weight.shape[0], out_weight)
     with _autocast.full_precision(x):
         theta = _convolution(theta_weight, theta_bias, theta_norm, x)
         signal = _signal(g, grid, phi_weight, phi_bias, phi_norm, upsample, align_corners)
@@ -250,6 +263,7 @@ def _resize(
 def _batch_norm(t: Tensor, norm: BatchNorm, bias: Tensor | None = None) -> Tensor:
     """t + bias normalised by the statistics of the batch."""
     if bias is not None:
+        norm, bias = _cancelled(norm, bias)
         t = t + bias.to(t.dtype).view(-1, *(1,) * (t.dim() - 2))
     given, momentum, eps = norm[:4], norm.momentum, norm.eps
     if all(p is None or p.dtype == t.dtype for p in given):
@@ -264,10 +278,21 @@ def _batch_norm(t: Tensor, norm: BatchNorm, bias: Tensor | None = None) -> Tenso
     return (t * scale.view(shape) + shift.view(shape)).to(t.dtype)
 
 
+def _cancelled(norm: BatchNorm, bias: Tensor) -> tuple[BatchNorm, Tensor]:
+    """A norm over the batch takes the bias before it off again: a gradient of 0 instead of rounding errors."""
+    if norm.bias is None:
+        return norm, bias
+    beta = norm.bias + in_dtype(0.0 * bias, norm.bias.dtype)
+    return norm._replace(bias=beta), bias.detach()
+
+
 def _out(y: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm | None) -> Tensor:
     acc = accumulation_dtype(y.dtype)
     w, b = fold(norm, in_dtype(weight.flatten(1), acc), in_dtype(bias, acc))
+    over_batch = norm if norm is not None and norm.over_batch else None
+    if over_batch is not None and b is not None:
+        over_batch, b = _cancelled(over_batch, b)
     convolution = (F.conv1d, F.conv2d, F.conv3d)[y.dim() - 3]
-    w = w.view(*w.shape, *(1,) * (y.dim() - 2)).to(y.dtype)
-    y = convolution(y, w, None if b is None else b.to(y.dtype))
-    return y if norm is None or not norm.over_batch else _batch_norm(y, norm)
+    w = w.view(*w.shape, *(1,) * (y.dim() - 2))
+    y = convolution(y, in_dtype(w, y.dtype), in_dtype(b, y.dtype))
+    return y if over_batch is None else _batch_norm(y, over_batch)

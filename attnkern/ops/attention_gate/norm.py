@@ -38,6 +38,14 @@ def in_dtype(t: Tensor | None, dtype: torch.dtype) -> Any:
     return t if t is None or t.dtype is dtype else t.to(dtype)
 
 
+def of_no_samples(norm: BatchNorm | None, size: int, like: Tensor) -> BatchNorm | None:
+    """What is left of a norm over a batch of 0: torch leaves the running statistics, and gradients are 0."""
+    if norm is None or not norm.over_batch:
+        return norm
+    mean = like.new_zeros(size)
+    return norm._replace(running_mean=mean, running_var=torch.ones_like(mean), training=False)
+
+
 def coefficients(
     norm: BatchNorm, mean: Tensor, var: Tensor, bias: Tensor | None
 ) -> tuple[Any, Any]:
