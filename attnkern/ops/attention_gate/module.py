@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
-from torch.overrides import handle_torch_function, has_torch_function
+from torch.overrides import handle_torch_function
 
 from attnkern import _checks
 from attnkern._layers import weight_and_bias
@@ -51,9 +51,16 @@ def synchronised(norm: Any, x: Tensor) -> bool:
 
 def gated(x: Tensor, g: Tensor, **arguments: Any) -> Any:
     """`attention_gate` of plain maps; a subclass, as MONAI's MetaTensor, wraps what comes out."""
-    if has_torch_function((x, g)):
+    if _wraps(x) or _wraps(g):
         return handle_torch_function(_gated_plain, (x, g), x, g, arguments)
     return attention_gate(x, g, **arguments)
+
+
+def _wraps(t: Any) -> bool:
+    return type(t) is not Tensor and getattr(type(t), "__torch_function__", _SILENT) is not _SILENT
+
+
+_SILENT = torch._C._disabled_torch_function_impl  # of parameters, and of tensors that only trace
 
 
 def _gated_plain(x: Tensor, g: Tensor, arguments: dict[str, Any]) -> Any:

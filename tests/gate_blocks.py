@@ -1,0 +1,88 @@
+"""Every block whose forward the gates' rules replace, small, by name; and how two of them are compared."""
+
+import gate_modules as copied
+import pytest
+import torch
+from torch import nn
+
+from attnkern import testing
+
+
+def monai(dims, *channels, dropout=0.0):
+    library = pytest.importorskip("monai.networks.nets.attentionunet")
+    return library.AttentionBlock(dims, *channels, dropout)
+
+
+def torr(mode="sigmoid", **options):
+    options = {"dimension": 2, "mode": f"concatenation_{mode}", **options}
+    return copied._GridAttentionBlockND_TORR(6, 8, 4, **options)
+
+
+SAME_2D = ((3, 6, 5, 7), (3, 8, 5, 7))
+COARSE_2D = ((3, 6, 11, 10), (3, 8, 5, 4))
+COARSE_3D = ((2, 6, 9, 10, 11), (2, 8, 4, 5, 5))
+BLOCKS = {
+    "monai 1d": (lambda: monai(1, 5, 6, 8), ((3, 6, 17), (3, 8, 17))),
+    "monai": (lambda: monai(2, 5, 6, 8), SAME_2D),
+    "monai 3d": (lambda: monai(3, 5, 6, 8, dropout=0.4), ((2, 6, 5, 4, 3), (2, 8, 5, 4, 3))),
+    "image segmentation": (lambda: copied.Attention_block(6, 8, 4), SAME_2D),
+    "grid 2d": (lambda: copied.GridAttentionBlock2D(6, 8), COARSE_2D),
+    "grid": (lambda: copied.GridAttentionBlock3D(6, 8, 4), COARSE_3D),
+    "grid debug": (
+        lambda: copied.GridAttentionBlock3D(6, 8, 4, "concatenation_debug", (1, 2, 3)),
+        COARSE_3D,
+    ),
+    "grid residual": (
+        lambda: copied.GridAttentionBlock2D(6, 8, 4, "concatenation_residual", [2, 3]),
+        COARSE_2D,
+    ),
+    "grid corners": (lambda: copied.AlignedCorners(6, 8), COARSE_2D),
+    "grids": (lambda: copied.MultiAttentionBlock(6, 8, 4), COARSE_3D),
+    "torr": (lambda: torr(bn_layer=False), COARSE_2D),
+    "torr softmax": (lambda: torr("softmax", use_W=False), COARSE_2D),
+    "torr linear": (lambda: torr(nonlinearity1=None), COARSE_2D),
+}
+"""Constructor, and the shapes of the two maps in the order that the block takes them."""
+FEW = ("monai", "image segmentation", "grid", "torr softmax")
+
+
+def settle(model):
+    """Biases, norms and running statistics away from where they start, seeded."""
+    torch.manual_seed(0)
+    for module in model.modules():
+        for name, t in (
+            *module.named_parameters(recurse=False),
+            *module.named_buffers(recurse=False),
+        ):
+            if "var" in name:
+                nn.init.uniform_(t, 0.5, 2.0)
+            elif t.dim() == 1:
+                nn.init.normal_(t, std=0.5)
+    return model
+
+
+def block(name, dtype=torch.float32):
+    """The seeded module in eval mode, and its maps."""
+    make, shapes = BLOCKS[name]
+    generator = torch.Generator().manual_seed(1)
+    maps = [torch.randn(shape, generator=generator).to(dtype) for shape in shapes]
+    return settle(make()).to(dtype).eval(), maps
+
+
+def gradients(model, maps, **named):
+    """Outputs, the gradients of maps and parameters, and the buffers afterwards."""
+    maps = [t.detach().clone().requires_grad_() for t in maps]
+    named = {key: t.detach().clone().requires_grad_() for key, t in named.items()}
+    outputs = testing.as_tuple(model(*maps, **named))
+    inputs = [*maps, *named.values(), *(p for p in model.parameters() if p.requires_grad)]
+    grads = torch.autograd.grad(outputs, inputs, testing.noise_like(outputs), allow_unused=True)
+    assert all(grad is not None for grad in grads)
+    return [*outputs, *grads, *(b.clone() for b in model.buffers())]
+
+
+def close(got, want, tolerance=1e-4):
+    assert len(got) == len(want)
+    steepest = max(float(w.detach().abs().max()) for w in want if w.is_floating_point())
+    for a, b in zip(got, want, strict=True):
+        assert a.dtype == b.dtype
+        torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * steepest)
