@@ -1,0 +1,200 @@
+// What a CPU launcher's call is: how positions are cut into units, what threads share, and how units' sums are merged.
+//
+// A unit is a run of positions of one sample. The runs depend on the sizes alone, a unit is computed by one thread in a
+// fixed order, and what several units add to is merged in their order: results have the same bits for any number of
+// threads, which take units as they become free.
+#pragma once
+
+#include <algorithm>
+#include <atomic>
+#include <cstring>
+
+#include "cpu/cache.h"
+#include "ops/attention_gate/cpu_kernels.h"
+
+namespace attnkern::attention_gate {
+
+constexpr int64_t kUnits = 64;            // units to share among threads, where there are so many tiles
+constexpr int64_t kSlabUnits = 16;        // where each has a part of dg, that meets the next in two rows or planes of g
+constexpr int64_t kGrainBytes = 1 << 16;  // of maps a thread should get, 5 us of work against 5 us to wake it
+constexpr int64_t kMergePiece = 1 << 12;  // elements of the weights' gradients
+
+inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
+
+// How the positions of a batch are cut, the same for any number of threads.
+struct Cut {
+  int64_t tile, unit, per_sample, units;
+  Cut(int64_t batch, int64_t positions, int64_t tile, int64_t wanted) : tile(tile) {
+    const int64_t tiles = std::max<int64_t>(1, ceil_div(positions, tile));
+    const int64_t long_ones = ceil_div(tiles * batch, wanted);
+    unit = tile * ceil_div(tiles, ceil_div(tiles, std::max<int64_t>(1, long_ones)));
+    per_sample = ceil_div(positions, unit);
+    units = per_sample * batch;
+  }
+  Unit at(int64_t i, int64_t positions) const {
+    const int64_t b = i / per_sample, begin = i % per_sample * unit;
+    return {b, begin, std::min(begin + unit, positions)};
+  }
+};
+
+// f(i, lane) for i < n on `lanes` threads of the pool, each on the next that is free
+template <class F>
+void share(const ThreadPool& pool, int64_t lanes, int64_t n, const F& f) {
+  lanes = std::min(lanes, n);
+  if (lanes <= 1) {
+    for (int64_t i = 0; i < n; ++i) f(i, int64_t{0});
+    return;
+  }
+  std::atomic<int64_t> next{0};
+  pool.parallel_for(lanes, 1, [&](int64_t begin, int64_t end) {
+    for (int64_t lane = begin; lane < end; ++lane)
+      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i, lane);
+  });
+}
+
+inline int64_t lanes_for(const ThreadPool& pool, int64_t units, int64_t work) {
+  return std::max<int64_t>(1, std::min({static_cast<int64_t>(pool.threads), units, work / kGrainBytes}));
+}
+
+// The most positions of g along its last dim beside a run of at most `length` of the grid's.
+inline int64_t coarse_range(const Inputs& p, int64_t length) {
+  const Sizes& n = p.sizes;
+  const int64_t* taps = p.taps + 2 * (n.grid[0] + n.grid[1]);
+  length = std::min(length, n.grid[2]);
+  int64_t range = 1;
+  for (int64_t q = 0; q < n.grid[2]; ++q) {
+    if (q && (taps[2 * q] < taps[2 * q - 2] || taps[2 * q + 1] < taps[2 * q - 1])) return n.g[2];
+    range = std::max(range, taps[2 * std::min(q + length, n.grid[2]) - 1] - taps[2 * q] + 1);
+  }
+  return range;
+}
+
+// The positions of g that a unit lies between.
+inline Range slab_of(const Inputs& p, const Unit& u) {
+  const Sizes& n = p.sizes;
+  const int64_t first = u.begin / n.grid[2], last = (u.end - 1) / n.grid[2];
+  const int64_t first_plane = first / n.grid[1], last_plane = last / n.grid[1];
+  const Range planes = taps_of(p, 0, first_plane, last_plane + 1);
+  const Range rows =
+      first_plane == last_plane ? taps_of(p, 1, first % n.grid[1], last % n.grid[1] + 1) : Range{0, n.g[1]};
+  const Range columns =
+      first == last ? taps_of(p, 2, u.begin % n.grid[2], (u.end - 1) % n.grid[2] + 1) : Range{0, n.g[2]};
+  return {(planes.begin * n.g[1] + rows.begin) * n.g[2] + columns.begin,
+          ((planes.end - 1) * n.g[1] + rows.end - 1) * n.g[2] + columns.end};
+}
+
+// One operator call over the logits' grid: what all of them share.
+struct Call {
+  const Inputs& p;
+  const ThreadPool& pool;
+  const CpuKernels& kernels;
+  bool split, backward;  // t and u apart; with room for gradients
+  bool slabbed = false;  // dg is summed in slabs
+  int64_t maps = 1;      // of the larger size that are read and written, for their traffic
+  bool with_d = false;   // dy of the target is read twice
+
+  const Sizes& n = p.sizes;
+  int64_t size = size_of(accumulation(p.dtype)), positions = volume(n.grid);
+  bool last = channels_last(p.x), widened = p.dtype != accumulation(p.dtype);
+  bool copies_x = !last || widened || volume(n.kernel) != 1, copies_g = p.phi && (!last || widened);
+  int64_t width = padded(n.hidden), ld = leading(n.hidden);
+  Cut cut{n.batch, positions, tile_size(), slabbed ? kSlabUnits : kUnits};
+  int64_t lanes = lanes_for(pool, cut.units, map_bytes() * (1 + n.hidden / 8));
+  int64_t range = p.phi || !p.taps ? 0 : coarse_range(p, cut.tile);
+
+  Weights weights{};
+  void* scratch = nullptr;  // a lane's at multiples of scratch_bytes
+  int64_t scratch_bytes = 0;
+
+  int64_t target_channels() const { return p.target == Target::x ? n.channels : n.gating; }
+  int64_t map_bytes() const { return n.batch * (n.channels * volume(n.x) + n.gating * volume(n.g)) * size_of(p.dtype); }
+  // What a tile's operands and hidden rows take should stay in L2.
+  int64_t tile_size() const {
+    const int64_t floats = terms(n) + (p.phi ? n.gating : n.hidden) + (with_d ? target_channels() : 0) +
+                           (1 + split + (backward && !last)) * ld;
+    return std::clamp<int64_t>(cpu::l2_bytes() / 2 / (floats * size) / 16 * 16, 64, 256);
+  }
+
+  void take_weights(cpu::Arena& arena) {
+    weights.theta = arena.take(terms(n) * ld, size);
+    weights.theta_rows = arena.take(width * leading(terms(n)), size);
+    if (p.phi) {
+      weights.phi = arena.take(n.gating * ld, size);
+      weights.phi_rows = arena.take(width * leading(n.gating), size);
+    }
+    weights.vectors = arena.take(kVectors * width, size);
+  }
+  void take_scratch(cpu::Arena& arena) {
+    lane_scratch(0, &scratch_bytes);
+    scratch = arena.take(lanes, scratch_bytes);
+  }
+
+  Scratch lane_scratch(int64_t lane, int64_t* bytes = nullptr) const {
+    cpu::Arena arena(scratch ? static_cast<std::byte*>(scratch) + lane * scratch_bytes : nullptr);
+    Scratch s{};
+    s.tile = cut.tile;
+    s.ld = leading(cut.tile);
+    s.streaming = maps * map_bytes() > 2 * cpu::l3_bytes();
+    const auto operand = [&](int64_t channels) {
+      return arena.take(last ? cut.tile * leading(channels) : channels * s.ld, size);
+    };
+    if (copies_x) s.x = operand(terms(n));
+    if (copies_g) s.g = operand(n.gating);
+    if (with_d && !last) s.d = operand(target_channels());
+    s.t = arena.take(cut.tile * ld, size);
+    if (split) s.u = arena.take(cut.tile * ld, size);
+    if (backward && !last) s.columns = arena.take(width * s.ld, size);
+    for (void** row : {&s.alpha, &s.dq, &s.dalpha}) *row = arena.take(cut.tile, size);
+    if (volume(n.kernel) != 1) s.line = arena.take(cut.tile * n.kernel[2], size);
+    if (range) {
+      s.coarse = arena.take(range * ld, size);
+      s.coarse_ld = leading(range);
+      s.coarse_columns = arena.take(width * s.coarse_ld, size);
+    }
+    if (bytes) *bytes = arena.used();
+    return s;
+  }
+
+  void* at(void* base, int64_t elements) const { return static_cast<std::byte*>(base) + elements * size; }
+
+  template <class F>
+  void each_unit(const F& f) const {
+    share(pool, lanes, cut.units, [&](int64_t i, int64_t lane) { f(i, cut.at(i, positions), lane_scratch(lane)); });
+  }
+};
+
+// Units that sum the weights' gradients, or vectors, together: few enough that the sums stay small beside the maps.
+struct Groups {
+  int64_t count = 0, elements = 0;
+  void* data = nullptr;
+
+  // `elements` of all sums of one group
+  void take(cpu::Arena& arena, const Call& call, int64_t all) {
+    elements = all;
+    count = 8;
+    while (count < kUnits && 2 * count * elements * call.size <= call.map_bytes() / 8) count *= 2;
+    count = std::max<int64_t>(1, std::min(count, call.cut.units));
+    data = arena.take(count * elements, call.size);
+  }
+  // f(group's sums, unit index, unit, scratch)
+  template <class F>
+  void each_unit(const Call& call, const F& f) const {
+    share(call.pool, call.lanes, count, [&](int64_t group, int64_t lane) {
+      void* own = call.at(data, group * elements);
+      std::memset(own, 0, static_cast<size_t>(elements * call.size));
+      const Scratch s = call.lane_scratch(lane);
+      for (int64_t i = call.cut.units * group / count; i < call.cut.units * (group + 1) / count; ++i)
+        f(own, i, call.cut.at(i, call.positions), s);
+    });
+  }
+  // out = the sum over groups of n elements from `first`; out may be the first group's
+  void add(const Call& call, int64_t first, int64_t n, void* out) const {
+    share(call.pool, call.lanes, ceil_div(n, kMergePiece), [&](int64_t i, int64_t) {
+      const int64_t at = i * kMergePiece;
+      call.kernels.add(accumulation(call.p.dtype), call.at(data, first + at), elements, count, call.at(out, at),
+                       std::min(kMergePiece, n - at));
+    });
+  }
+};
+
+}  // namespace attnkern::attention_gate
