@@ -33,6 +33,7 @@ NAMES = {
     *("pool_mask", "pool_map", "pool_bags", "context", "context_3d", "context_many"),
     *("latent_queries", "query_keys", "query_bags", "additive_mask", "additive_classes"),
     *("additive_gelu", "gated_mask", "gated_map", "gated_wide", "ungated", "gated_bags"),
+    *("monai", "monai_training_3d", "oktay", "coarse_training", "softplus", "target_g_norm"),
 }
 
 # Every dtype and layout of cases with and without tails; prints what leaves the budget.

@@ -17,6 +17,10 @@ KINDS = (
         "latent_queries",
         "additive_mask",
         "gated_branches",
+        "gate_long",
+        "monai_training",
+        "oktay",
+        "coarse_training",
     ),
 )
 
@@ -47,14 +51,16 @@ def test_many_repeats(call, target, dtype):
         )
 
 
-@pytest.mark.parametrize("call", calls("resnet", "residual_relu", "lc0"), ids=str)
+@pytest.mark.parametrize(
+    "call", calls("resnet", "residual_relu", "lc0", "monai", "gate_1d"), ids=str
+)
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 def test_a_sample_does_not_depend_on_its_neighbours(call, target, channels_last):
     """Within one batch size: exchanging samples exchanges results, to the bit."""
     if target.impl == "reference":
         pytest.skip("a matmul of torch promises nothing of the kind")
     tensors = call.inputs(target, channels_last=channels_last)
-    per_sample = ("x", "residual", "drop_path", "src")
+    per_sample = call.case.per_sample
     size = tensors["x"].shape[0]
     dy = testing.noise_like([tensors["x"]])[0]
     want = testing.run(call.spec.function, tensors, call.case.options, [dy], impl=target.impl)

@@ -59,6 +59,49 @@ def test_both_export_modes_agree(target, strict):
     torch.testing.assert_close(program.module()(x), model(x))
 
 
+class _Gate(torch.nn.Module):
+    """MONAI's gate in evaluation, and the authors' strided one on what is left."""
+
+    def __init__(self, impl):
+        super().__init__()
+        self.first = attnkern.nn.AttentionGate(12, norm=True, theta_bias=True, impl=impl)
+        self.second = attnkern.nn.AttentionGate(
+            12, 8, kernel=2, upsample="bilinear", out=True, impl=impl
+        )
+
+    def forward(self, x, g, coarse):
+        return self.second(self.first(x, g), coarse)
+
+
+def test_a_gate_goes_through_a_file(target, tmp_path):
+    torch.manual_seed(0)
+    model = _Gate(target.impl).to(target.device).eval()
+    batch = torch.export.Dim("batch")
+
+    def inputs(samples):
+        shapes = ((12, 9, 8), (12, 9, 8), (8, 3, 3))
+        return tuple(torch.randn(samples, *s, device=target.device) for s in shapes)
+
+    program = torch.export.export(model, inputs(3), dynamic_shapes=[{0: batch}] * 3)
+    operators = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    if target.impl != "reference":
+        assert operators.count(f"attnkern.attention_gate_fwd.{target.impl}") == 2
+    path = tmp_path / "gate.pt2"
+    torch.export.save(program, path)
+    others = inputs(2)
+    torch.save({"inputs": others, "want": model(*others)}, tmp_path / "io.pt")
+    out = fresh(
+        f"""
+        import torch, attnkern
+        gate = torch.export.load({str(path)!r}).module()
+        io = torch.load({str(tmp_path / "io.pt")!r}, weights_only=True)
+        torch.testing.assert_close(gate(*io["inputs"]), io["want"])
+        print("equal")
+        """
+    )
+    assert out.split() == ["equal"]
+
+
 class _Pool(torch.nn.Module):
     """Two scorers of one operator: a gated pool over padded bags, and a folded latent query over what is left."""
 

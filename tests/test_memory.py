@@ -11,6 +11,7 @@ from conftest import calls
 
 from attnkern import testing
 from attnkern.functional import gated_attention_pool, squeeze_excite
+from attnkern.ops.attention_gate import cases as gates
 
 B, C, L, R = 4, 64, 4096, 16
 MAP = B * C * L * 4
@@ -147,6 +148,38 @@ def test_a_gated_pool_keeps_and_allocates_nothing_of_the_size_of_its_hidden_laye
     frozen = [tensors["V"], tensors["w"]]
     sizes, _ = _allocations(target, lambda: torch.autograd.grad(pool(), frozen, grads))
     assert max(sizes) <= workspace, "frozen items"
+
+
+@pytest.mark.parametrize("norms", [None, "track"])
+def test_a_gate_keeps_and_allocates_nothing_of_the_size_of_its_hidden_layer(target, norms):
+    """[B, F, L] here is half of x; logits and alpha are a number a position."""
+    if target.impl == "reference":
+        pytest.skip("the reference keeps what autograd keeps")
+    c = gates.case("", 2, 64, (96, 96), 32, norms=norms)
+    tensors = c.inputs(device=target.device, requires_grad=True)
+    positions, size = 2 * 96 * 96 * 4, 2 * 64 * 96 * 96 * 4
+    inputs = {t.untyped_storage().data_ptr() for t in tensors.values()}
+    kept = []
+
+    def pack(t):
+        if t.untyped_storage().data_ptr() not in inputs:
+            kept.append(t.untyped_storage().nbytes())
+        return t
+
+    def gate():
+        return gates.call(**tensors, **c.options, impl=target.impl)
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+        gate()
+    small = 16 * 64 * 32 * 4  # folded weights
+    assert sum(kept) <= (1 if norms is None else 6) * positions + small, "logits, alpha, q_hat"
+    sizes, y = _allocations(target, gate)
+    assert [s for s in sizes if s > size // 8] == [size], "y"
+    dy = torch.randn_like(y)
+    sizes, _ = _allocations(target, lambda: torch.autograd.grad(y, list(tensors.values()), dy))
+    maps = [s for s in sizes if s > size // 4]  # partial sums of the weights' gradients are below
+    # dx and dg; with statistics over the batch the gradient of the multiply is written first
+    assert maps == [size] * (2 if norms is None else 3)
 
 
 def test_nothing_is_kept_alive(target):

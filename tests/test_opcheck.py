@@ -8,6 +8,7 @@ from conftest import CALLS as EVERY
 from conftest import calls
 
 from attnkern import _layout, testing
+from attnkern.ops.attention_gate import op as attention_gate
 from attnkern.ops.softmax_pool import op as softmax_pool
 from attnkern.ops.squeeze_excite.reference import Options
 
@@ -101,6 +102,32 @@ def test_softmax_pool(call, target, channels_last, monkeypatch):
                 for a in arguments
             ]
             torch.library.opcheck(recorder.overload, tuple(detached), test_utils=utilities)
+
+
+GATES = [c for c in EVERY if c.spec.operator == "attention_gate_fwd"]
+
+
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("call", GATES, ids=str)
+def test_attention_gate(call, target, channels_last, monkeypatch):
+    """All six operators, with the arguments that each case gives them."""
+    recorders = {}
+    for name in ("fwd", "bwd", "moments", "sums"):
+        recorders[f"attention_gate_{name}"] = _Recorder(_overload(f"attention_gate_{name}", target))
+    for name in ("fwd", "bwd"):
+        recorders[f"gate_apply_{name}"] = _Recorder(_overload(f"gate_apply_{name}", target))
+    for name, recorder in recorders.items():
+        monkeypatch.setitem(getattr(attention_gate, name), target.impl, recorder)
+    tensors = call.inputs(target, channels_last=channels_last)
+    testing.run(call.spec.function, tensors, call.case.options, impl=target.impl)
+    small = {k: t for k, t in tensors.items() if k not in call.case.maps}
+    _frozen(call, target, tensors, small)
+    assert recorders["attention_gate_fwd"].seen
+    assert recorders["attention_gate_bwd"].seen
+    for recorder in recorders.values():
+        for arguments in recorder.seen:
+            detached = tuple(a.detach() if isinstance(a, torch.Tensor) else a for a in arguments)
+            torch.library.opcheck(recorder.overload, detached, test_utils=ALL)
 
 
 def _frozen(call, target, tensors, small):

@@ -24,6 +24,13 @@ PATTERNED = [
     if c.spec.operator.startswith("squeeze")
     and c.case.name not in ("res_out_hardswish", "wide", "one_sample_long")
 ]
+GATES = [
+    c
+    for c in CALLS
+    if c.spec.operator == "attention_gate_fwd"
+    # a neighbour of weight 0 is NaN or nothing by the last bit of a position
+    and c.case.name not in ("gate_long", "gate_wide", "align_corners")
+]
 POOLS = [c for c in CALLS if c.spec.operator == "softmax_pool_fwd" and "long" not in c.case.name]
 
 
@@ -76,6 +83,21 @@ def test_one_value_in_the_gradient_of_an_output(call, target):
         eager = testing.run(call.spec.eager, tensors, call.case.options, grads)
         got = testing.run(call.spec.function, tensors, call.case.options, grads, impl=target.impl)
         _assert_pattern(got, eager, (value, where))
+
+
+@pytest.mark.parametrize("call", GATES, ids=str)
+def test_nan_in_any_argument_of_a_gate_spreads_as_eagers_does(call, target):
+    """Outputs, and gradients: NaN wherever eager has it."""
+    for name in call.case.shapes:
+        for where in (0, -1):
+            tensors = call.inputs(target)
+            tensors[name].view(-1)[where] = NAN
+            eager = testing.run(call.spec.eager, tensors, call.case.options)
+            got = testing.run(call.spec.function, tensors, call.case.options, impl=target.impl)
+            for (item, g), (_, e) in zip(got.items(), eager.items(), strict=True):
+                assert not (e.isnan() & ~g.isnan()).any(), (name, where, item)
+            for g, e in zip(got.outputs, eager.outputs, strict=True):
+                assert torch.equal(g.isnan(), e.isnan()), (name, where)
 
 
 def _pool(call, target, tensors):

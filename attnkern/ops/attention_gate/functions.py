@@ -146,12 +146,15 @@ def attention_gate(
         if at_once and not return_alpha:
             alpha = alpha_full = q
         else:
-            alpha = _alpha(q.reshape(len(q), 1, *grid), gate, over_psi)
+            alpha = _alpha(q.reshape(q.shape[0], 1, *grid), gate, over_psi)
             alpha_full = _resize(alpha, full, upsample, align_corners)
         if not at_once:
             y = y if carried == target else _map(g)
             y = op.apply(impl, y, _map(alpha_full).squeeze(1))
-        y = y.reshape(*y.shape[:2], *full)
+        for _ in range(5 - x.dim()):
+            y = y.squeeze(
+                2
+            )  # a view of given strides, which reshape would choose anew for a batch of 1
         if out_weight is not None:
             y = _out(y, out_weight, out_bias, out_norm)
     return (y, alpha.to(x.dtype), alpha_full.to(x.dtype)) if return_alpha else y

@@ -200,6 +200,12 @@ def _branch(s: Statistics | None, dh: Tensor, dht: Tensor, count: int) -> Any:
     return Branch(s.scale, -s.scale * dh / count - k1 * s.mean, k1), dgamma
 
 
+def _by_branch(norms: Norms, moments: Any) -> Any:
+    """mean and var of theta's branch and of phi's, from those there are."""
+    left = iter(moments)
+    return tuple((None, None) if eps is None else (next(left), next(left)) for eps in norms)
+
+
 # ------------------------------------------------------------------ autograd
 
 
@@ -216,11 +222,12 @@ class _Gate(torch.autograd.Function):
         statistics = _both_statistics(i, gammas, norms, o, kernels)
         centred = i._replace(bias=_centred_bias(i.bias, *statistics))
         q, y = kernels.forward(_folded(centred, *statistics), o)
-        moments = [t for s in statistics for t in ((None, None) if s is None else (s.mean, s.var))]
+        # without those there are not: torch.compile takes no output that is None
+        moments = [t for s in statistics if s is not None for t in (s.mean, s.var)]
         ctx.impl, ctx.options, ctx.norms = impl, o, norms
         ctx.save_for_backward(*tensors, q, *moments)
         ctx.set_materialize_grads(False)
-        ctx.mark_non_differentiable(*(t for t in moments if t is not None))
+        ctx.mark_non_differentiable(*moments)
         target = i.x if o.target == "x" else i.g
         return q, y if o.apply else target.view_as(target), *moments
 
@@ -238,8 +245,8 @@ class _Gate(torch.autograd.Function):
             else:
                 theta_saved, phi_saved = (
                     None if eps is None else Statistics(gamma, mean, var, (var + eps).rsqrt())
-                    for eps, gamma, mean, var in zip(
-                        ctx.norms, gammas, saved[12::2], saved[13::2], strict=True
+                    for eps, gamma, (mean, var) in zip(
+                        ctx.norms, gammas, _by_branch(ctx.norms, saved[12:]), strict=True
                     )
                 )
                 statistics = (theta_saved, phi_saved)
@@ -306,7 +313,8 @@ def gate(
     i = readable(i)
     if norms.theta is not None or norms.phi is not None or needs_grad(*i, *gammas):
         q, y, *moments = _Gate.apply(impl, o, norms, *i, *gammas)
-        return q, y, tuple(moments)
+        theta, phi = _by_branch(norms, moments)
+        return q, y, (*theta, *phi)
     q, y = attention_gate_fwd[impl](*i, *o)
     return q, y if o.apply else (i.x if o.target == "x" else i.g), (None,) * 4
 
