@@ -69,6 +69,18 @@ def block(name, dtype=torch.float32):
     return settle(make()).to(dtype).eval(), maps
 
 
+def changed(name, child, value):
+    """A block with another child, or attribute, at that path."""
+    model = BLOCKS[name][0]()
+    owner, _, attribute = child.rpartition(".")
+    owner = model.get_submodule(owner)
+    if attribute.isdigit():
+        owner[int(attribute)] = value
+    else:
+        setattr(owner, attribute, value)
+    return model
+
+
 def gradients(model, maps, **named):
     """Outputs, the gradients of maps and parameters, and the buffers afterwards."""
     maps = [t.detach().clone().requires_grad_() for t in maps]

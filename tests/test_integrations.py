@@ -73,6 +73,7 @@ def differentiate(model, x, train, device="cpu", channels_last=False):
     dtype = next(model.parameters()).dtype
     layout = torch.channels_last if channels_last else torch.contiguous_format
     model = model.to(device, memory_format=layout).train(train)
+    model.zero_grad()  # a second call would add to the gradients of the first, in place
     x = x.to(device, dtype, memory_format=layout).detach().requires_grad_()
     torch.manual_seed(2)  # drop path, dropout
     y = model(x)

@@ -1,7 +1,6 @@
 """Drop-in rules of attention gates: budget, dtypes, statistics, survival, calls and hooks."""
 
 import copy
-import functools
 import io
 import pickle
 import warnings
@@ -12,7 +11,7 @@ import torch
 import torch._dynamo
 import torch.distributed as dist
 from conftest import DTYPES, TARGETS
-from gate_blocks import BLOCKS, FEW, block, close, gradients, monai, settle
+from gate_blocks import BLOCKS, FEW, block, changed, close, gradients, monai, settle
 from test_optimize import traces
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -124,6 +123,23 @@ def test_autocast_gives_the_dtypes_or_the_error_of_eager(name, maps, weights, lo
             assert a.dtype == b.dtype
             scale = float(b.abs().max().double())
             torch.testing.assert_close(a, b, rtol=0, atol=16 * eps * max(scale, 1.0))
+
+
+ACCEPTED = {
+    "leaky": lambda: changed("image segmentation", "relu", nn.LeakyReLU(0.2)),
+    "no norm": lambda: changed("image segmentation", "W_g", nn.Sequential(nn.Conv2d(6, 4, 1))),
+    "no bias": lambda: changed("image segmentation", "W_x.0", nn.Conv2d(8, 4, 1, bias=False)),
+}
+
+
+@pytest.mark.parametrize("make", ACCEPTED.values(), ids=ACCEPTED)
+def test_variants_are_served(make, served):
+    model = settle(make()).train()
+    maps = [torch.randn(3, channels, 4, 5) for channels in (6, 8)]
+    twin = optimized(model)
+    served.clear()
+    close(gradients(twin, maps), gradients(model, maps))
+    assert served
 
 
 def test_norms_may_stay_float32_beside_low_precision_layers(served):
@@ -463,153 +479,3 @@ def test_hooks_of_the_block_itself_run(served):
     twin(*maps)
     assert served
     assert seen == [maps[0][:, :1].shape]
-
-
-# ------------------------------------------------------------------ what is left alone
-
-
-def changed(name, child, value):
-    model = BLOCKS[name][0]()
-    owner, _, attribute = child.rpartition(".")
-    owner = model.get_submodule(owner)
-    if attribute.isdigit():
-        owner[int(attribute)] = value
-    else:
-        setattr(owner, attribute, value)
-    return model
-
-
-def hooked(name, child):
-    model = BLOCKS[name][0]()
-    model.get_submodule(child).register_forward_hook(lambda *_: None)
-    return model
-
-
-def shared_norm():
-    model = BLOCKS["monai"][0]()
-    model.W_g[1] = model.W_x[1]
-    return model
-
-
-class OwnForward(copied.Attention_block):
-    def forward(self, g, x):
-        return x + super().forward(g, x)
-
-
-class Negated(copied.Attention_block):
-    """The children of the block, in another formula."""
-
-    def forward(self, g, x):
-        return x * self.psi(self.relu(self.W_g(g) * self.W_x(x)))
-
-
-class Swapped(copied.Attention_block):
-    """forward(x, g)"""
-
-    def forward(self, x, g):
-        return x * self.psi(self.relu(self.W_g(g) + self.W_x(x)))
-
-
-class Remembering(copied.GridAttentionBlock2D):
-    def _concatenation(self, x, g):
-        self.alpha = super()._concatenation(x, g)[1]
-        return x, self.alpha
-
-
-class Doubled(copied.AlignedCorners):
-    def forward(self, x, g):
-        t = self.theta(x) + self.theta(x)
-        u = torch.nn.functional.interpolate(self.phi(g), t.shape[2:], mode=self.upsample_mode)
-        alpha = torch.sigmoid(self.psi(torch.relu(t + u)))
-        alpha = torch.nn.functional.interpolate(alpha, x.shape[2:], mode=self.upsample_mode)
-        return self.W(alpha * x), alpha
-
-
-REFUSED = {
-    "own forward": (lambda: OwnForward(6, 8, 4), "OwnForward has its own forward"),
-    "another formula": (lambda: Negated(6, 6, 4), "gives other results than Image_Segmentation's"),
-    "another order": (lambda: Swapped(6, 6, 4), "gives other results than Image_Segmentation's"),
-    "side effects": (lambda: Remembering(6, 8), "its operation_function does other things"),
-    "another grid": (lambda: Doubled(6, 8), "gives other results than Attention-Gated-Networks'"),
-    "mean flow": (
-        lambda: copied._GridAttentionBlockND_TORR(4, 4, 2, 2, "concatenation_mean_flow"),
-        "its mode is concatenation_mean_flow",
-    ),
-    "no theta": (
-        lambda: copied._GridAttentionBlockND_TORR(
-            4, 4, 4, 2, "concatenation_sigmoid", use_theta=False
-        ),
-        "it has no layer theta",
-    ),
-    "strided phi": (
-        lambda: copied._GridAttentionBlockND_TORR(4, 4, 4, 2, "concatenation_sigmoid", (2, 2)),
-        "its phi is not a 1x1 convolution",
-    ),
-    "impossible": (
-        lambda: copied.GridAttentionBlock2D(4, 4, sub_sample_factor=(2, 2, 2)),
-        "gives other results",
-    ),
-    "padded": (
-        lambda: changed("grid 2d", "theta", nn.Conv2d(6, 3, 2, 2, padding=1)),
-        "its theta is not a plain convolution of whole patches",
-    ),
-    "grouped": (
-        lambda: changed("image segmentation", "W_x.0", nn.Conv2d(8, 4, 1, groups=4)),
-        "its theta is not a plain convolution of whole patches",
-    ),
-    "instance norm": (
-        lambda: changed("image segmentation", "W_g.1", nn.InstanceNorm2d(4)),
-        "its phi is followed by a torch.nn.modules.instancenorm.InstanceNorm2d",
-    ),
-    "shared norm": (shared_norm, "its branches share a norm"),
-    "softmax": (
-        lambda: changed("image segmentation", "psi.2", nn.Softmax(1)),
-        "its psi's end is a torch.nn.modules.activation.Softmax",
-    ),
-    "activation": (
-        lambda: changed("monai", "relu", nn.ELU()),
-        "its activation ELU is not supported",
-    ),
-    "three layers": (
-        lambda: changed("image segmentation", "W_g", nn.Sequential(*[nn.Conv2d(6, 6, 1)] * 3)),
-        "its W_g has 3 layers",
-    ),
-    "hooked conv": (lambda: hooked("monai", "W_g.0.conv"), "its phi has hooks"),
-    "hooked norm": (lambda: hooked("grid", "W.1"), "its out's norm has hooks"),
-    "hooked sequence": (lambda: hooked("monai", "psi"), "its psi has hooks"),
-    "hooked activation": (lambda: hooked("monai", "relu"), "its activation has hooks"),
-    "replaced": (
-        lambda: changed("monai", "forward", functools.partial(torch.relu)),
-        "its forward was replaced",
-    ),
-}
-
-
-@pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)
-def test_what_cannot_be_served_is_named_and_left_alone(make, reason):
-    model = nn.ModuleList([make()])
-    before = traces(model)
-    report = attnkern.optimize(model, impl="reference")
-    assert not report.replaced
-    assert [row.name for row in report.skipped] == ["0"]
-    assert reason in report.skipped[0].reason
-    assert traces(model) == before
-    with pytest.raises(ValueError, match="1 modules cannot be served"):
-        attnkern.optimize(model, strict=True)
-
-
-ACCEPTED = {
-    "leaky": lambda: changed("image segmentation", "relu", nn.LeakyReLU(0.2)),
-    "no norm": lambda: changed("image segmentation", "W_g", nn.Sequential(nn.Conv2d(6, 4, 1))),
-    "no bias": lambda: changed("image segmentation", "W_x.0", nn.Conv2d(8, 4, 1, bias=False)),
-}
-
-
-@pytest.mark.parametrize("make", ACCEPTED.values(), ids=ACCEPTED)
-def test_variants_are_served(make, served):
-    model = settle(make()).train()
-    maps = [torch.randn(3, channels, 4, 5) for channels in (6, 8)]
-    twin = optimized(model)
-    served.clear()
-    close(gradients(twin, maps), gradients(model, maps))
-    assert served

@@ -1,0 +1,276 @@
+"""``attnkern.nn``'s gates: other libraries' state dicts, every option, norms, copies, errors."""
+
+import copy
+import io
+import pickle
+
+import gate_modules as copied
+import pytest
+import torch
+from gate_blocks import close, gradients, monai, settle
+from torch import nn
+
+import attnkern
+from attnkern.functional import BatchNorm, attention_gate
+from attnkern.nn import AttentionGate, MultiAttentionGate
+from attnkern.ops.attention_gate import module as gate_module
+
+pytestmark = pytest.mark.filterwarnings("ignore:.*upsample. is deprecated")
+
+
+def noise(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
+
+
+def maps(dims, channels=6, gating=8, coarse=False):
+    sizes = (9, 8, 7)[:dims]
+    return noise(2, channels, *sizes), noise(2, gating, *((4, 5, 3)[:dims] if coarse else sizes))
+
+
+def by_name(model):
+    return {name: p.grad for name, p in model.named_parameters()}
+
+
+# ------------------------------------------------------------------ state dicts
+
+AUTHORS = {
+    "2d": (lambda: copied.GridAttentionBlock2D(6, 8), {}),
+    "3d": (lambda: copied.GridAttentionBlock3D(6, 8, 5), {"hidden": 5, "spatial_dims": 3}),
+    "debug": (
+        lambda: copied.GridAttentionBlock2D(6, 8, 4, "concatenation_debug"),
+        {"hidden": 4, "act": "softplus"},
+    ),
+    "residual": (
+        lambda: copied.GridAttentionBlock2D(6, 8, 4, "concatenation_residual", (2, 3)),
+        {"hidden": 4, "gate": "softmax", "kernel": (2, 3)},
+    ),
+    "corners": (lambda: copied.AlignedCorners(6, 8), {"align_corners": True}),
+    "torr": (
+        lambda: copied._GridAttentionBlockND_TORR(
+            *(6, 8, 4, 2, "concatenation_softmax"), use_W=False
+        ),
+        {"hidden": 4, "kernel": 1, "phi_bias": False, "gate": "softmax", "out": False},
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "options"), AUTHORS.values(), ids=AUTHORS)
+def test_state_dicts_of_the_authors_load_both_ways(make, options):
+    stock = settle(make()).double()
+    dims = options.get("spatial_dims", 2)
+    options = {"kernel": 2, "out": True, "upsample": ("bilinear", "trilinear")[dims - 2], **options}
+    gate = AttentionGate(6, 8, return_alpha=True, **options).double()
+    gate.load_state_dict(stock.state_dict())
+    back = make().double()
+    back.load_state_dict(gate.state_dict())
+    for train in (False, True):
+        x, g = maps(dims, coarse=True)
+        want, got, same = (net.train(train)(x, g) for net in (stock, gate, back))
+        torch.testing.assert_close((got[0], got[2]), want)
+        torch.testing.assert_close(same, want, rtol=0, atol=0)
+    dy = noise(*want[0].shape)
+    want[0].backward(dy)
+    got[0].backward(dy)
+    torch.testing.assert_close(by_name(gate), by_name(stock))
+    torch.testing.assert_close(dict(gate.named_buffers()), dict(stock.named_buffers()))
+
+
+def test_state_dicts_of_two_gates_load_both_ways():
+    make = lambda: copied.MultiAttentionBlock(6, 8, 4).double()  # noqa: E731
+    stock, back = settle(make()), make()
+    block = MultiAttentionGate(6, 8, 4, kernel=2, upsample="trilinear", spatial_dims=3)
+    assert block(*(t.float() for t in maps(3, coarse=True))).shape == (2, 6, 9, 8, 7)
+    block = MultiAttentionGate(
+        *(6, 8, 4), kernel=2, upsample="trilinear", spatial_dims=3, return_alpha=True
+    ).double()
+    block.load_state_dict(stock.state_dict())
+    back.load_state_dict(block.state_dict())
+    x, g = maps(3, coarse=True)
+    y, alpha, alpha_full = block(x, g)
+    assert alpha.shape == (2, 2, 4, 4, 3)
+    torch.testing.assert_close((y, alpha_full), stock(x, g))
+    torch.testing.assert_close(back(x, g)[0], stock(x, g)[0])
+    three = MultiAttentionGate(6, gates=3, out=False, norm=True, target="g")
+    assert list(three._modules) == [*(f"gate_block_{n}" for n in (1, 2, 3)), "combine_gates"]
+    x, g = (t.float() for t in maps(2, gating=6))
+    assert three(x, g).shape == (2, 6, 9, 8)
+
+
+OTHERS = {
+    "monai 1d": (lambda: monai(1, 4, 8, 6), 1),
+    "monai 3d": (lambda: monai(3, 4, 8, 6), 3),
+    "image segmentation": (lambda: copied.Attention_block(8, 6, 4), 2),
+}
+
+
+@pytest.mark.parametrize(("make", "dims"), OTHERS.values(), ids=OTHERS)
+def test_gates_on_one_grid_load_also_as_a_child(make, dims):
+    """Their argument order is (g, x)."""
+    stock = settle(make()).double()
+    gate = AttentionGate(6, 8, 4, norm=True, theta_bias=True, spatial_dims=dims).double()
+    net = nn.ModuleDict({"gate": gate})
+    net.load_state_dict({f"gate.{name}": t for name, t in stock.state_dict().items()})
+    x, g = maps(dims)
+    for train in (True, False):
+        torch.testing.assert_close(gate.train(train)(x, g), stock.train(train)(g, x))
+    state = {"W_x": gate.theta_norm, "W_g": gate.phi_norm, "psi": gate.psi_norm}
+    for branch, norm in state.items():
+        buffers = stock.get_submodule(f"{branch}.1").named_buffers()
+        torch.testing.assert_close(dict(norm.named_buffers()), dict(buffers))
+
+
+# ------------------------------------------------------------------ options
+
+OPTIONS = {
+    "default": ({}, False),
+    "1d": ({"spatial_dims": 1, "norm": True}, False),
+    "3d": ({"spatial_dims": 3, "kernel": (1, 2, 3), "upsample": "nearest", "norm": True}, True),
+    "biases": ({"theta_bias": True, "phi_bias": False, "hidden": 1}, False),
+    "leaky": ({"act": "leaky_relu", "act_slope": 0.2, "out": True}, False),
+    "softplus": ({"act": "softplus", "norm": True, "gate": "softmax"}, False),
+    "target": ({"target": "g", "norm": True, "out": True}, False),
+    "coarse": ({"upsample": "bilinear", "norm": True, "kernel": 2}, True),
+    "coarse target": ({"upsample": "bilinear", "target": "g", "align_corners": True}, True),
+    "alpha": ({"return_alpha": True, "kernel": 2, "upsample": "bilinear"}, True),
+}
+
+
+@pytest.mark.parametrize(("options", "coarse"), OPTIONS.values(), ids=OPTIONS)
+def test_every_option_computes_what_its_layers_do(options, coarse):
+    """Also what a gate with norms that share statistics over ranks computes by."""
+    gate = settle(AttentionGate(6, 8, **options)).double()
+    layered = copy.deepcopy(gate)
+    layered.forward = layered._by_layers
+    given = maps(options.get("spatial_dims", 2), coarse=coarse)
+    for train in (True, True, False):
+        close(gradients(gate.train(train), given), gradients(layered.train(train), given), 1e-9)
+
+
+def test_synchronised_norms_run_the_layers(monkeypatch):
+    gate = nn.SyncBatchNorm.convert_sync_batchnorm(AttentionGate(6, 8, norm=True))
+    assert type(gate.psi_norm) is nn.SyncBatchNorm
+    given = [t.float() for t in maps(2)]
+    want = gate(*given)
+    monkeypatch.setattr(gate_module, "synchronised", lambda norm, x: True)
+    monkeypatch.setattr(gate_module, "attention_gate", None)
+    torch.testing.assert_close(gate(*given), want)
+
+
+NORMS = {
+    "cumulative": {"momentum": None},
+    "not tracked": {"track_running_stats": False},
+    "frozen": {"training": False},
+}
+
+
+@pytest.mark.parametrize("values", NORMS.values(), ids=NORMS)
+def test_norms_are_read_and_counted_as_their_forward_does(values):
+    norm = settle(nn.BatchNorm2d(6)).double()
+    vars(norm).update(values)
+    twin, x = copy.deepcopy(norm), noise(3, 6, 4, 5)
+    for step in (1, 2, 3):
+        want = norm(step * x)
+        given = gate_module.batch_norm(twin)
+        assert isinstance(given, BatchNorm)
+        got = nn.functional.batch_norm(
+            *(step * x, *given[:4]), given.over_batch, given.momentum, given.eps
+        )
+        torch.testing.assert_close(got, want, rtol=0, atol=0)
+    torch.testing.assert_close(dict(twin.named_buffers()), dict(norm.named_buffers()))
+    assert gate_module.batch_norm(None) is None
+
+
+def test_the_function_is_called_with_the_modules_parameters():
+    gate = settle(AttentionGate(6, 8)).double()
+    x, g = maps(2)
+    weights = (gate.theta.weight, None, gate.phi.weight, gate.phi.bias, *gate.psi.parameters())
+    torch.testing.assert_close(gate(x, g), attention_gate(x, g, *weights), rtol=0, atol=0)
+
+
+# ------------------------------------------------------------------ copies and dtypes
+
+GATES = {
+    "plain": lambda: AttentionGate(6, 8),
+    "norms": lambda: AttentionGate(6, 8, norm=True, theta_bias=True),
+    "out": lambda: AttentionGate(6, 8, out=True),
+    "two": lambda: MultiAttentionGate(6, 8, norm=True),
+}
+
+
+@pytest.mark.parametrize("make", GATES.values(), ids=GATES)
+def test_copies_compute_from_their_own_parameters(make):
+    gate = settle(make()).double().eval()
+    given = maps(2)
+    want = gate(*given)
+    buffer = io.BytesIO()
+    torch.save(gate, buffer)
+    buffer.seek(0)
+    for other in (
+        copy.deepcopy(gate),
+        pickle.loads(pickle.dumps(gate)),
+        torch.load(buffer, weights_only=False),
+    ):
+        assert torch.equal(other(*given), want)
+        for parameter in other.parameters():
+            nn.init.constant_(parameter, 0.3)
+        assert not torch.allclose(other(*given), want)
+        assert torch.equal(gate(*given), want)
+
+
+@pytest.mark.parametrize("make", GATES.values(), ids=GATES)
+def test_modules_run_under_autocast_and_in_low_precision(make):
+    gate = settle(make())
+    given = [t.float() for t in maps(2)]
+    with torch.autocast("cpu", torch.bfloat16):
+        low = gate(*given)
+    torch.testing.assert_close(low.float(), gate(*given), rtol=0.1, atol=0.1)
+    half = gate.bfloat16()(*(t.bfloat16() for t in given))
+    assert half.dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize("make", GATES.values(), ids=GATES)
+def test_optimize_leaves_our_own_modules_alone(make):
+    report = attnkern.optimize(nn.Sequential(make()))
+    assert (report.replaced, report.skipped) == ([], [])
+
+
+def test_tensor_subclasses_wrap_the_result():
+    MetaTensor = pytest.importorskip("monai.data").MetaTensor
+    gate = AttentionGate(6, 8, return_alpha=True)
+    x, g = (t.float() for t in maps(2))
+    got, want = gate(MetaTensor(x, meta={"subject": "one"}), g), gate(x, g)
+    for a, b in zip(got, want, strict=True):
+        assert type(a) is MetaTensor
+        assert torch.equal(a.as_tensor(), b)
+    assert got[0].meta["subject"] == "one"
+
+
+def test_repr_names_sizes_and_options():
+    text = repr(AttentionGate(6, 8, 4, kernel=2, upsample="bilinear", gate="softmax"))
+    for part in ("channels=6", "gating_channels=8", "hidden=4", "upsample='bilinear'", "'softmax'"):
+        assert part in text
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"spatial_dims": 4}, "AttentionGate: spatial_dims must be 1, 2 or 3, got 4"),
+        ({"kernel": (2, 2, 2)}, "kernel must be an int or 2 of them"),
+        ({"kernel": 0}, "kernel must be an int of at least 1, got 0"),
+        ({"hidden": 0}, "hidden must be an int of at least 1, got 0"),
+        ({"gating_channels": 1.5}, "gating_channels must be an int of at least 1, got 1.5"),
+        ({"act": "gelu"}, "act must be one of relu, leaky_relu, softplus, got 'gelu'"),
+        ({"gate": "tanh"}, "gate must be one of sigmoid, softmax"),
+        ({"upsample": "trilinear"}, "upsample must be one of None, nearest, bilinear, got 'tri"),
+        ({"target": "y"}, "target must be one of x, g"),
+        ({"impl": "cuda"}, "impl must be one of auto, .*'cuda'"),
+    ],
+)
+def test_bad_arguments_name_themselves(options, message):
+    with pytest.raises(ValueError, match=message):
+        AttentionGate(6, **options)
+
+
+def test_two_gates_name_their_number():
+    with pytest.raises(ValueError, match="MultiAttentionGate: gates must be an int of at least 1"):
+        MultiAttentionGate(6, gates=0)
