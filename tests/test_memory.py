@@ -150,13 +150,16 @@ def test_a_gated_pool_keeps_and_allocates_nothing_of_the_size_of_its_hidden_laye
     assert max(sizes) <= workspace, "frozen items"
 
 
+@pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("norms", [None, "track"])
-def test_a_gate_keeps_and_allocates_nothing_of_the_size_of_its_hidden_layer(target, norms):
+def test_a_gate_keeps_and_allocates_nothing_of_the_size_of_its_hidden_layer(
+    target, norms, channels_last
+):
     """[B, F, L] here is half of x; logits and alpha are a number a position."""
     if target.impl == "reference":
         pytest.skip("the reference keeps what autograd keeps")
     c = gates.case("", 2, 64, (96, 96), 32, norms=norms)
-    tensors = c.inputs(device=target.device, requires_grad=True)
+    tensors = c.inputs(device=target.device, channels_last=channels_last, requires_grad=True)
     positions, size = 2 * 96 * 96 * 4, 2 * 64 * 96 * 96 * 4
     inputs = {t.untyped_storage().data_ptr() for t in tensors.values()}
     kept = []

@@ -340,8 +340,8 @@ def readable(i: Inputs) -> Inputs:
     g = _layout.as_readable(i.g)
     if _layout.is_channels_last(g) != _layout.is_channels_last(x):
         g = _in_layout_of(g, x)
-    small = {n: None if t is None else t.contiguous() for n, t in i._asdict().items()}
-    return Inputs(**{**small, "x": x, "g": g})  # type: ignore[arg-type]
+    small = (None if t is None else t.contiguous() for t in i[2:])
+    return Inputs(x, g, *small)  # type: ignore[arg-type]
 
 
 def _in_layout_of(g: Tensor, x: Tensor) -> Tensor:
