@@ -318,3 +318,21 @@ def test_checkpointed_heads_train(served):
     run.parameters = optimized.parameters
     close(gradients(run, x), gradients(model, x))
     assert served
+
+
+def test_the_pyramid_of_milmodel_is_pooled():
+    """In place: a deepcopy of the stock class fails, as its hooks write into the original."""
+    nets = pytest.importorskip("monai.networks.nets")
+    torch.manual_seed(0)
+    model = nets.MILModel(2, mil_mode="att_trans_pyramid", trans_blocks=1, pretrained=False).eval()
+    x = torch.randn(2, 3, 3, 32, 32)
+    weight = model.attention[0].weight
+
+    def outcome():
+        logits = model(x)
+        return logits, torch.autograd.grad(logits.square().sum(), weight)[0]
+
+    want = outcome()
+    assert len(attnkern.optimize(model).replaced) == 1
+    for got, stock in zip(outcome(), want, strict=True):
+        torch.testing.assert_close(got, stock, rtol=1e-4, atol=1e-6)
