@@ -26,7 +26,7 @@ mkdir -p "$state" "$out"
 shard_build() { ATTNKERN_CUDA=1 ATTNKERN_CUDA_ARCHITECTURES=$arch "$python" setup.py build_ext --inplace; }
 shard_info() { "$python" -m attnkern info --run; }
 shard_test() {
-  "$python" -m pytest -q -n 6 --dist loadscope tests --ignore tests/test_bench.py \
+  "$python" -m pytest -q -n 6 --dist loadscope tests --ignore-glob "tests/test_bench*" \
     $(printf -- '--ignore %s ' $emulated) --junitxml "$out/tests.xml"
 }
 shard_emulated() { "$python" -m pytest -q -n 8 --dist worksteal $emulated --junitxml "$out/emulated.xml"; }
