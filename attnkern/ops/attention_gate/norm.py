@@ -77,11 +77,9 @@ def track(norm: BatchNorm, mean: Tensor, var: Tensor, count: int, bias: Tensor |
     """
     if not norm.training or norm.running_mean is None or norm.running_var is None:
         return
+    keep, move = 1 - norm.momentum, norm.momentum
     with torch.no_grad():
-        if bias is not None:
-            mean = mean + bias.to(mean.dtype)
-        for running, now in (
-            (norm.running_mean, mean),
-            (norm.running_var, var * (count / max(count - 1, 1))),
-        ):
-            running.mul_(1 - norm.momentum).add_(now.to(running.dtype), alpha=norm.momentum)
+        mean = mean if bias is None else mean + bias
+        norm.running_mean.mul_(keep).add_(in_dtype(mean, norm.running_mean.dtype), alpha=move)
+        unbiased = move * count / max(count - 1, 1)
+        norm.running_var.mul_(keep).add_(in_dtype(var, norm.running_var.dtype), alpha=unbiased)
