@@ -140,16 +140,17 @@ class Norms(NamedTuple):
 
 
 class Statistics(NamedTuple):
-    """Of a branch t over the batch, all [F]; gamma t_hat enters h, t_hat = (t - mean) r."""
+    """Of a branch t over the batch, all [F]; scale (t - mean) = gamma r (t - mean) enters h."""
 
-    gamma: Tensor | None
     mean: Tensor
     var: Tensor
     r: Tensor
+    scale: Tensor
 
-    @property
-    def scale(self) -> Tensor:
-        return self.r if self.gamma is None else self.gamma * self.r
+
+def _of_moments(mean: Tensor, var: Tensor, gamma: Tensor | None, eps: float) -> Statistics:
+    r = (var + eps).rsqrt()
+    return Statistics(mean, var, r, r if gamma is None else gamma * r)
 
 
 def _statistics(
@@ -157,8 +158,7 @@ def _statistics(
 ) -> Statistics | None:
     if eps is None:
         return None
-    mean, var = k.moments(x, weight, o)
-    return Statistics(gamma, mean, var, (var + eps).rsqrt())
+    return _of_moments(*k.moments(x, weight, o), gamma, eps)
 
 
 def _both_statistics(
@@ -176,8 +176,8 @@ def _centred_bias(
 ) -> Tensor | None:
     for s in (theta, phi):
         if s is not None:
-            shift = s.scale * s.mean
-            bias = -shift if bias is None else bias - shift
+            start = torch.zeros_like(s.mean) if bias is None else bias
+            bias = torch.addcmul(start, s.scale, s.mean, value=-1)
     return bias
 
 
@@ -195,9 +195,10 @@ def _branch(s: Statistics | None, dh: Tensor, dht: Tensor, count: int) -> Any:
     """The `Branch` that returns through the statistics, and dgamma: h has gamma r (t - mean)."""
     if s is None:
         return None, None
-    dgamma = s.r * (dht - s.mean * dh)
-    k1 = -s.scale * s.r * dgamma / count
-    return Branch(s.scale, -s.scale * dh / count - k1 * s.mean, k1), dgamma
+    dgamma = s.r * torch.addcmul(dht, s.mean, dh, value=-1)
+    k1 = s.scale * s.r * dgamma / -count
+    k0 = torch.addcmul(s.scale * dh / -count, k1, s.mean, value=-1)
+    return Branch(s.scale, k0, k1), dgamma
 
 
 def _by_branch(norms: Norms, moments: Any) -> Any:
@@ -244,7 +245,7 @@ class _Gate(torch.autograd.Function):
                 statistics = _both_statistics(i, gammas, ctx.norms, o, kernels)
             else:
                 theta_saved, phi_saved = (
-                    None if eps is None else Statistics(gamma, mean, var, (var + eps).rsqrt())
+                    None if eps is None else _of_moments(mean, var, gamma, eps)
                     for eps, gamma, (mean, var) in zip(
                         ctx.norms, gammas, _by_branch(ctx.norms, saved[12:]), strict=True
                     )
