@@ -24,7 +24,7 @@ def _read(m: Any) -> Any:
 
 def _pyramid(module: Any, bags: int, instances: int) -> Any:
     """Instances [B, N, D] from the means of the backbone's four levels, each level's tokens joined to the next's."""
-    x = None
+    x: Any = None
     for level, encoder in enumerate(module.transformer, 1):
         maps = module.extra_outputs[f"layer{level}"]
         mean = maps.mean((2, 3)).reshape(bags, instances, -1).permute(1, 0, 2)
