@@ -25,6 +25,8 @@ NEEDS = {
     "timm": ("timm", "the whole models (or pass --only kernel)"),
     "torchvision": ("torchvision", "the whole models (or pass --only kernel)"),
     "skimage": ("scikit-image", "the photographs of the whole models (or pass --only kernel)"),
+    "monai": ("monai", "the network of the run brain"),
+    "nilearn": ("nilearn", "the volumes of the run brain"),
     "sklearn": ("scikit-learn", "the handwritten digits of the real runs"),
     "ai_edge_litert": ("ai-edge-litert", "the original of the run selfie"),
     "onnx": ("onnx", "the networks of the run ocr"),
