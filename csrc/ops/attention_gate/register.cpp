@@ -1,4 +1,4 @@
-// Tensors -> params.h -> launchers, for the dispatch key CPU.
+// Tensors -> params.h -> launchers, for the dispatch keys CPU and CUDA.
 #include "ops/attention_gate/params.h"
 
 #include <tuple>
@@ -90,6 +90,16 @@ void launch_cpu(Params& p, const Tensor& x, Workspace workspace_of, Launch launc
   glue::check(launch(p, pool), op);
 }
 
+#ifdef ATTNKERN_WITH_CUDA
+template <class Params, class Workspace, class Launch>
+void launch_cuda(Params& p, const Tensor& x, Workspace workspace_of, Launch launch, const char* op) {
+  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+  Tensor workspace = glue::bytes(x, workspace_of(p));
+  p.workspace = glue::mutable_or_null(workspace);
+  glue::check(launch(p, glue::current_stream(x)), op);
+}
+#endif
+
 Tensor nothing(const Tensor& like) { return glue::empty(like, std::array<int64_t, 1>{0}, like.scalar_type()); }
 Tensor vector(const Tensor& like, int64_t size) {
   return glue::empty(like, std::array<int64_t, 1>{size}, like.scalar_type());
@@ -107,7 +117,12 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& g, const Tenso
   Tensor y = apply ? glue::empty_like(p.target == Target::x ? x : g) : nothing(x);
   p.q = glue::mutable_or_null(q);
   p.y = mutable_map(y, is_channels_last(x));
-  launch_cpu(p, x, forward_workspace_cpu, launch_forward_cpu, "attention_gate");
+#ifdef ATTNKERN_WITH_CUDA
+  if (x.is_cuda())
+    launch_cuda(p, x, forward_workspace_cuda, launch_forward_cuda, "attention_gate");
+  else
+#endif
+    launch_cpu(p, x, forward_workspace_cpu, launch_forward_cpu, "attention_gate");
   return {q, y};
 }
 
@@ -143,7 +158,12 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   p.dbias = glue::mutable_or_null(dbias);
   p.dpsi = glue::mutable_or_null(dpsi);
   p.dpsi_bias = glue::mutable_or_null(dpsi_bias);
-  launch_cpu(p, x, backward_workspace_cpu, launch_backward_cpu, "attention_gate backward");
+#ifdef ATTNKERN_WITH_CUDA
+  if (x.is_cuda())
+    launch_cuda(p, x, backward_workspace_cuda, launch_backward_cuda, "attention_gate backward");
+  else
+#endif
+    launch_cpu(p, x, backward_workspace_cpu, launch_backward_cpu, "attention_gate backward");
   return {dx, dg, dtheta, dphi, dbias, dpsi, dpsi_bias};
 }
 
@@ -156,7 +176,12 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const Tensor& weight, int64_
   Tensor mean = vector(weight, p.sizes.hidden), var = vector(weight, p.sizes.hidden);
   p.mean = glue::mutable_or_null(mean);
   p.var = glue::mutable_or_null(var);
-  launch_cpu(p, x, moments_workspace_cpu, launch_moments_cpu, "attention_gate moments");
+#ifdef ATTNKERN_WITH_CUDA
+  if (x.is_cuda())
+    launch_cuda(p, x, moments_workspace_cuda, launch_moments_cuda, "attention_gate moments");
+  else
+#endif
+    launch_cpu(p, x, moments_workspace_cpu, launch_moments_cpu, "attention_gate moments");
   return {mean, var};
 }
 
@@ -175,7 +200,12 @@ std::tuple<Tensor, Tensor, Tensor> sums(const Tensor& dq, const Tensor& x, const
   p.dh = glue::mutable_or_null(dh);
   p.dht = glue::mutable_or_null(dht);
   p.dhu = glue::mutable_or_null(dhu);
-  launch_cpu(p, x, sums_workspace_cpu, launch_sums_cpu, "attention_gate sums");
+#ifdef ATTNKERN_WITH_CUDA
+  if (x.is_cuda())
+    launch_cuda(p, x, sums_workspace_cuda, launch_sums_cuda, "attention_gate sums");
+  else
+#endif
+    launch_cpu(p, x, sums_workspace_cpu, launch_sums_cpu, "attention_gate sums");
   return {dh, dht, dhu};
 }
 
@@ -185,7 +215,13 @@ Tensor apply_forward(const Tensor& x, const Tensor& alpha) {
   const ApplyParams p{
       glue::dtype_of(x),      x.size(0),           x.size(1), x.size(2) * x.size(3) * x.size(4), const_map(x, last),
       alpha.const_data_ptr(), mutable_map(y, last)};
-  glue::check(launch_apply_cpu(p, glue::torch_threads()), "gate_apply");
+#ifdef ATTNKERN_WITH_CUDA
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    glue::check(launch_apply_cuda(p, glue::current_stream(x)), "gate_apply");
+  } else
+#endif
+    glue::check(launch_apply_cpu(p, glue::torch_threads()), "gate_apply");
   return y;
 }
 
@@ -203,7 +239,13 @@ std::tuple<Tensor, Tensor> apply_backward(const Tensor& dy, const Tensor& x, con
                               alpha.const_data_ptr(),
                               mutable_map(dx, last),
                               dalpha.mutable_data_ptr()};
-  glue::check(launch_apply_backward_cpu(p, glue::torch_threads()), "gate_apply backward");
+#ifdef ATTNKERN_WITH_CUDA
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    glue::check(launch_apply_backward_cuda(p, glue::current_stream(x)), "gate_apply backward");
+  } else
+#endif
+    glue::check(launch_apply_backward_cpu(p, glue::torch_threads()), "gate_apply backward");
   return {dx, dalpha};
 }
 
@@ -217,5 +259,16 @@ STABLE_TORCH_LIBRARY_IMPL(attnkern, CPU, m) {
   m.impl("gate_apply_fwd.native", TORCH_BOX(&apply_forward));
   m.impl("gate_apply_bwd.native", TORCH_BOX(&apply_backward));
 }
+
+#ifdef ATTNKERN_WITH_CUDA
+STABLE_TORCH_LIBRARY_IMPL(attnkern, CUDA, m) {
+  m.impl("attention_gate_fwd.native", TORCH_BOX(&forward));
+  m.impl("attention_gate_bwd.native", TORCH_BOX(&backward));
+  m.impl("attention_gate_moments.native", TORCH_BOX(&moments));
+  m.impl("attention_gate_sums.native", TORCH_BOX(&sums));
+  m.impl("gate_apply_fwd.native", TORCH_BOX(&apply_forward));
+  m.impl("gate_apply_bwd.native", TORCH_BOX(&apply_backward));
+}
+#endif
 
 }  // namespace attnkern::attention_gate

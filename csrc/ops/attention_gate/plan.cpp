@@ -1,0 +1,210 @@
+#include "ops/attention_gate/plan.h"
+
+#include <algorithm>
+#include <string>
+
+#include "core/plan_registry.h"
+
+namespace attnkern::attention_gate {
+namespace {
+
+// Tuning, apart from the algorithm.
+constexpr int kWarps = kMostThreads / 32;
+constexpr int kMostChunk = 128;            // terms of a chunk that is not a whole map
+constexpr int kMostBlocks = 4;             // of an SM that a plan counts on
+constexpr int64_t kChunkBytes = 24 << 20;  // of hidden gradients: with the maps of their units they stay in L2
+constexpr int kMostSplits = 64;
+
+constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
+constexpr int64_t multiple_of(int64_t a, int64_t b) { return divide_up(a, b) * b; }
+
+int64_t volume_of(const int64_t (&size)[3]) { return size[0] * size[1] * size[2]; }
+
+// Terms of theta x, and of phi g where that is a product.
+struct Widths {
+  int64_t theta, phi;
+};
+
+Widths widths_of(const Problem& p) {
+  const Sizes& n = p.sizes;
+  const bool product = !p.resampled && p.task != Task::moments;
+  return {multiple_of(volume_of(n.kernel) * multiple_of(n.channels, kStep), kWarpTile),
+          product ? multiple_of(n.gating, kWarpTile) : 0};
+}
+
+// product.cuh's row_stride.
+int64_t row_stride(const Problem& p, int64_t width) {
+  const int64_t pack = 16 / p.dtype_bytes;
+  return (width / pack | 1) * pack;
+}
+
+int64_t in_packs(int64_t bytes) { return multiple_of(bytes, 16); }
+
+// Shared memory of a block with plan's tile, hidden, whole and chunk; fills in what follows from them.
+int64_t lay_out(const Problem& p, Plan& plan) {
+  const Widths widths = widths_of(p);
+  const int64_t widest = std::max(widths.theta, widths.phi), maps = widths.phi ? 2 : 1;
+  const int64_t parts = p.dtype_bytes == 2 ? 2 : 1, chunk = plan.whole ? widest : plan.chunk;
+  const int64_t map_stride = row_stride(p, p.last ? chunk : plan.tile), weight_stride = row_stride(p, chunk);
+  const int64_t map_size = (p.last ? plan.tile : chunk) * map_stride, weight_size = parts * plan.hidden * weight_stride;
+  const int64_t scores =
+      p.task == Task::forward ? in_packs(4 * plan.hidden / kWarpTile * plan.tile) + 4 * plan.tile : 0;
+  const int64_t bytes = in_packs(kStages * map_size * p.dtype_bytes) +
+                        in_packs((plan.whole ? maps : kStages) * weight_size * p.dtype_bytes) + scores;
+  const auto narrow = [](int64_t value) { return static_cast<int>(std::min<int64_t>(value, INT32_MAX)); };
+  plan.chunk = narrow(chunk);
+  plan.map_stride = narrow(map_stride);
+  plan.map_size = narrow(map_size);
+  plan.weight_stride = narrow(weight_stride);
+  plan.weight_size = narrow(weight_size);
+  plan.shared_bytes = narrow(bytes);
+  return bytes;
+}
+
+// Hidden units of a pass beside `tile` positions: as many as the block's warps have products for, in even passes.
+void choose_hidden(const Problem& p, Plan& plan, int tile, int warps = kMostThreads / 32) {
+  const int64_t all = multiple_of(p.sizes.hidden, kWarpTile), most = int64_t{kWarpTile} * warps / (tile / kWarpTile);
+  plan.tile = tile;
+  plan.passes = static_cast<int>(divide_up(all, most));
+  plan.hidden = static_cast<int>(multiple_of(divide_up(all, plan.passes), kWarpTile));
+}
+
+// Positions that leave no tile mostly empty, nor most of the device without one.
+int most_positions(const Problem& p, const cuda::DeviceProperties& device) {
+  const int64_t length = volume_of(p.sizes.grid);
+  int tile = kMostTile;
+  while (tile > kWarpTile && (tile / 2 >= length || p.sizes.batch * divide_up(length, tile) < device.sm_count))
+    tile /= 2;
+  return tile;
+}
+
+// Whole maps and weights where they fit: the longest tile that lets two blocks share an SM, or that fits at all. Else
+// chunks, of the most terms that fit.
+void choose_tile(const Problem& p, Plan& plan, const cuda::DeviceProperties& device, const Force& force) {
+  const int64_t whole = device.shared_bytes_per_block;
+  const int64_t half = std::min<int64_t>(whole, device.shared_bytes_per_sm / 2 - 1024);
+  const int longest = force.tile ? force.tile : most_positions(p, device), least = force.tile ? force.tile : kWarpTile;
+  plan.whole = true;
+  for (const int64_t limit : {half, whole})
+    for (int tile = longest; tile >= std::min(2 * least, longest) && !force.chunk; tile /= 2) {
+      choose_hidden(p, plan, tile);
+      if (plan.passes == 1 && lay_out(p, plan) <= limit) return;
+    }
+  plan.whole = false;
+  for (int warps = kWarps; warps > 0; warps /= 2)
+    for (int tile = longest; tile >= least; tile /= 2) {
+      if (tile > warps * kWarpTile) continue;
+      choose_hidden(p, plan, tile, warps);
+      if (plan.passes > 1 && tile > least) continue;  // a pass reads the maps again
+      for (int chunk = force.chunk ? force.chunk : kMostChunk; chunk >= kWarpTile; chunk /= 2) {
+        plan.chunk = chunk;
+        if (lay_out(p, plan) <= whole) return;
+      }
+    }
+}
+
+}  // namespace
+
+Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const Force& force) {
+  Plan plan{};
+  const Sizes& n = p.sizes;
+  choose_tile(p, plan, device, force);
+  plan.threads = 32 * (plan.tile / kWarpTile) * (plan.hidden / kWarpTile);
+  const int registers = p.task == Task::forward || p.task == Task::moments ? 128 : 255;  // of a thread, at most
+  plan.blocks_per_sm = static_cast<int>(
+      std::clamp<int64_t>(std::min<int64_t>(device.shared_bytes_per_sm / (int64_t{plan.shared_bytes} + 1024),
+                                            65536 / (registers * plan.threads)),
+                          1, kMostBlocks));
+  plan.tiles = divide_up(volume_of(n.grid), plan.tile);
+  plan.units = n.batch * plan.tiles;
+  const int64_t all = std::max<int64_t>(plan.units, 1), pitch = int64_t{plan.passes} * plan.hidden;
+  const int64_t sample = p.resampled ? plan.tiles : 1;  // the way back to g takes whole samples
+  const int64_t fitting = kChunkBytes / (plan.tile * pitch * p.dtype_bytes) / sample * sample;
+  plan.chunk_units =
+      std::min(std::max(force.chunk_units ? multiple_of(force.chunk_units, sample) : fitting, sample), all);
+  const int64_t range = p.task == Task::backward ? plan.chunk_units : all;
+  plan.blocks =
+      std::min<int64_t>(range, std::max<int64_t>(1, int64_t{device.sm_count} * plan.blocks_per_sm / plan.passes));
+  plan.slots = plan.blocks * (plan.tile / kWarpTile);
+  plan.rows = pitch % 128 == 0 ? 128 : pitch % 64 == 0 ? 64 : 32;
+  const Widths widths = widths_of(p);
+  const int64_t columns = kWarps * kWarpTile * kWarpTile / plan.rows;
+  const int64_t products = pitch / plan.rows * divide_up(std::max(widths.theta, widths.phi), columns);
+  plan.splits =
+      static_cast<int>(std::clamp<int64_t>(2 * device.sm_count / products, 1, std::min<int64_t>(kMostSplits, range)));
+  return plan;
+}
+
+Problem problem_of(const ForwardParams& p) {
+  return {Task::forward, p.sizes, size_of(p.dtype), p.x.stride_position != 1, p.phi == nullptr};
+}
+Problem problem_of(const BackwardParams& p) {
+  return {Task::backward, p.sizes, size_of(p.dtype), p.x.stride_position != 1, p.phi == nullptr};
+}
+Problem problem_of(const MomentsParams& p) {
+  return {Task::moments, p.sizes, size_of(p.dtype), p.x.stride_position != 1, false};
+}
+Problem problem_of(const SumsParams& p) {
+  return {Task::sums, p.sizes, size_of(p.dtype), p.x.stride_position != 1, p.phi == nullptr};
+}
+
+namespace {
+
+PlanAnswer answer(const PlanQuery& query, Task task) {
+  const auto get = [&](const char* name, int64_t otherwise) {
+    const auto found = query.find(name);
+    return found == query.end() ? otherwise : found->second;
+  };
+  Problem p{};
+  p.task = task;
+  const int64_t kernel = get("kernel", 1), length = get("length", 1);  // along one dim
+  p.sizes.batch = get("batch", 1);
+  p.sizes.channels = get("channels", 1);
+  p.sizes.gating = get("gating", p.sizes.channels);
+  p.sizes.hidden = get("hidden", 1);
+  for (int d = 0; d < 3; ++d) {
+    p.sizes.x[d] = d == 2 ? length : 1;
+    p.sizes.kernel[d] = d == 2 ? kernel : 1;
+    p.sizes.grid[d] = p.sizes.g[d] = p.sizes.x[d] / p.sizes.kernel[d];
+  }
+  p.dtype_bytes = static_cast<int>(get("dtype_bytes", 4));
+  p.last = get("channels_last", 0) != 0;
+  p.resampled = get("resampled", 0) != 0;
+  cuda::DeviceProperties device;
+  device.compute_capability = static_cast<int>(get("compute_capability", device.compute_capability));
+  device.sm_count = static_cast<int>(get("sm_count", device.sm_count));
+  device.shared_bytes_per_block = static_cast<int>(get("shared_per_block", device.shared_bytes_per_block));
+  device.shared_bytes_per_sm = static_cast<int>(get("shared_per_sm", device.shared_bytes_per_block + 1024));
+  device.l2_bytes = get("l2_bytes", device.l2_bytes);
+  const Plan plan = make_plan(
+      p, device,
+      {static_cast<int>(get("force_tile", 0)), static_cast<int>(get("force_chunk", 0)), get("force_chunk_units", 0)});
+  return {
+      {"threads", std::to_string(plan.threads)},
+      {"tile", std::to_string(plan.tile)},
+      {"hidden", std::to_string(plan.hidden)},
+      {"passes", std::to_string(plan.passes)},
+      {"whole", std::to_string(plan.whole)},
+      {"chunk", std::to_string(plan.chunk)},
+      {"tiles", std::to_string(plan.tiles)},
+      {"units", std::to_string(plan.units)},
+      {"blocks", std::to_string(plan.blocks)},
+      {"slots", std::to_string(plan.slots)},
+      {"chunk_units", std::to_string(plan.chunk_units)},
+      {"rows", std::to_string(plan.rows)},
+      {"splits", std::to_string(plan.splits)},
+      {"shared_bytes", std::to_string(plan.shared_bytes)},
+      {"blocks_per_sm", std::to_string(plan.blocks_per_sm)},
+  };
+}
+
+const RegisterPlan forward_plan("attention_gate_forward",
+                                [](const PlanQuery& query) { return answer(query, Task::forward); });
+const RegisterPlan backward_plan("attention_gate_backward",
+                                 [](const PlanQuery& query) { return answer(query, Task::backward); });
+const RegisterPlan moments_plan("attention_gate_moments",
+                                [](const PlanQuery& query) { return answer(query, Task::moments); });
+const RegisterPlan sums_plan("attention_gate_sums", [](const PlanQuery& query) { return answer(query, Task::sums); });
+
+}  // namespace
+}  // namespace attnkern::attention_gate

@@ -1,0 +1,119 @@
+"""Launch plans of the attention gate's CUDA kernels: pure functions of sizes and device, tested with no GPU."""
+
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from test_plan import DEVICES, H200, KB, device
+
+from attnkern import _native
+
+pytestmark = pytest.mark.skipif(not _native.available, reason=_native.reason)
+
+TASKS = ("forward", "moments", "sums", "backward")
+RTX_3090 = device(86, 82, 99, 100, 6, 82, 0, 0, 0, 0)
+
+
+def ask(task, device, **query):
+    answer = _native._C.plan(f"attention_gate_{task}", {**device, **query})
+    return {k: int(v) for k, v in answer.items()}
+
+
+def check_limits(plan, device, query):
+    """What must hold of any plan: it covers the call once, and the device can run it."""
+    assert plan["tile"] in (32, 64, 128, 256)
+    assert plan["hidden"] % 32 == 0
+    assert plan["threads"] == 32 * (plan["tile"] // 32) * (plan["hidden"] // 32) <= 256
+    assert plan["passes"] * plan["hidden"] >= query["hidden"]
+    assert (plan["passes"] - 1) * plan["hidden"] < query["hidden"]
+    assert plan["shared_bytes"] <= device["shared_per_block"]
+    assert plan["blocks_per_sm"] * (plan["shared_bytes"] + KB) <= device["shared_per_sm"]
+    assert plan["blocks_per_sm"] * plan["threads"] * 128 <= 65536  # registers
+    length = query["length"] // query.get("kernel", 1)
+    assert (plan["tiles"] - 1) * plan["tile"] < length <= plan["tiles"] * plan["tile"]
+    assert plan["units"] == query["batch"] * plan["tiles"]
+    assert 1 <= plan["chunk_units"] <= max(plan["units"], 1)
+    assert 1 <= plan["blocks"] <= max(plan["units"], 1)
+    assert plan["slots"] == plan["blocks"] * plan["tile"] // 32
+    assert 1 <= plan["splits"] <= 64
+    assert (plan["passes"] * plan["hidden"]) % plan["rows"] == 0
+    if plan["whole"]:
+        assert plan["passes"] == 1
+    else:
+        assert plan["chunk"] % 32 == 0
+    if query.get("resampled") and plan["units"]:
+        assert plan["chunk_units"] % plan["tiles"] == 0, "the way back to g takes whole samples"
+
+
+# A U-Net's skips at 256 x 256: channels and positions, gated by as many channels, with half of them hidden.
+SKIPS = [(64, 256 * 256), (128, 128 * 128), (256, 64 * 64), (512, 32 * 32)]
+
+
+@pytest.mark.parametrize("channels_last", [0, 1], ids=["first", "last"])
+@pytest.mark.parametrize(("channels", "length"), SKIPS)
+def test_maps_and_weights_stay_where_they_fit(channels, length, channels_last):
+    """x is read once where its tile waits for the gate: 16-bit maps of up to 128 channels."""
+    query = {
+        **{"batch": 16, "channels": channels, "hidden": channels // 2, "length": length},
+        **{"dtype_bytes": 2, "channels_last": channels_last},
+    }
+    for task in TASKS:
+        plan = ask(task, H200, **query)
+        check_limits(plan, H200, query)
+        assert plan["whole"] == (channels <= 128)
+        assert plan["passes"] == 1
+
+
+def test_a_processor_has_enough_on_its_way():
+    """4.3 TB/s of an H200 over 1 us of latency is 33 KB an SM; two chunks are ahead."""
+    for channels, length in SKIPS[:2]:
+        query = {"batch": 16, "channels": channels, "hidden": channels // 2, "length": length}
+        plan = ask("forward", H200, dtype_bytes=2, **query)
+        assert plan["blocks_per_sm"] * 2 * plan["tile"] * channels * 2 >= 64 * KB
+        assert plan["blocks_per_sm"] * plan["threads"] >= 256
+
+
+def test_small_maps_are_spread_over_the_device():
+    """One sample of 32 x 32: tiles of 32 positions, not of 128."""
+    query = {"batch": 1, "channels": 64, "hidden": 32, "length": 1024, "dtype_bytes": 2}
+    assert ask("forward", H200, **query)["blocks"] == 32
+    assert ask("forward", H200, **{**query, "batch": 64})["tile"] == 128
+
+
+def test_the_hidden_gradients_of_a_range_fit_in_l2():
+    for channels, length in SKIPS:
+        query = {"batch": 64, "channels": channels, "hidden": channels // 2, "length": length}
+        plan = ask("backward", H200, dtype_bytes=2, **query)
+        assert plan["chunk_units"] * plan["tile"] * channels // 2 * 2 <= 24 << 20
+        assert plan["chunk_units"] >= 132
+
+
+@given(
+    batch=st.integers(0, 3000),
+    channels=st.integers(1, 3000),
+    gating=st.integers(1, 3000),
+    hidden=st.one_of(st.integers(1, 64), st.integers(1, 1500)),
+    length=st.one_of(st.integers(1, 400), st.integers(1, 3_000_000)),
+    options=st.fixed_dictionaries(
+        {
+            "dtype_bytes": st.sampled_from([2, 4]),
+            "channels_last": st.integers(0, 1),
+            "resampled": st.integers(0, 1),
+            "kernel": st.sampled_from([1, 1, 2, 8]),
+        }
+    ),
+    name=st.sampled_from([*sorted(DEVICES), "rtx3090"]),
+    task=st.sampled_from(TASKS),
+)
+@settings(max_examples=1500, deadline=None)
+def test_any_size_gets_a_plan_that_runs(
+    batch, channels, gating, hidden, length, options, name, task
+):
+    properties = {**DEVICES, "rtx3090": RTX_3090}[name]
+    query = {
+        **options,
+        **{"batch": batch, "channels": channels, "gating": gating, "hidden": hidden},
+        "length": max(length, options["kernel"]),
+    }
+    if task == "moments":
+        query["resampled"] = 0
+    check_limits(ask(task, properties, **query), properties, query)
