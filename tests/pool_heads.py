@@ -3,7 +3,13 @@
 import pool_modules as copied
 import pytest
 import torch
-from timm.layers import AttentionPool2d, AttentionPoolLatent, GlobalContext, RmsNorm
+from timm.layers import (
+    AttentionPool2d,
+    AttentionPoolLatent,
+    GlobalContext,
+    RmsNorm,
+    RotAttentionPool2d,
+)
 from torch import nn
 
 from attnkern import testing
@@ -44,6 +50,15 @@ HEADS = {
     "pool2d": (lambda: AttentionPool2d(32, 3, 10, head_dim=8), (3, 32, 3, 3)),
     "pool2d resampled": (
         lambda: AttentionPool2d(32, 3, 0, embed_dim=32, head_dim=8, qkv_separate=True, class_token=True),
+        (3, 32, 4, 5),
+    ),
+    "rotary": (lambda: RotAttentionPool2d(32, 10, 3, head_dim=8), (3, 32, 3, 3)),
+    "rotary resampled": (
+        lambda: RotAttentionPool2d(32, 0, 3, num_heads=4, qkv_separate=True, class_token=True, rope_type="base"),
+        (3, 32, 4, 5),
+    ),
+    "rotary halves": (
+        lambda: RotAttentionPool2d(32, 6, 3, 128, num_heads=2, qkv_bias=False, rope_type="mrope"),
         (3, 32, 4, 5),
     ),
     "global context": (lambda: GlobalContext(32), (3, 32, 4, 5)),

@@ -182,7 +182,7 @@ def test_copies_are_optimized_and_use_their_own_parameters(name, served):
 
 
 TRACED = (
-    *("latent", "normalised keys", "pool2d", "global context", "clip"),
+    *("latent", "normalised keys", "pool2d", "rotary", "global context", "clip"),
     *("clam gated", "torchmil gated", "monai", "captioning"),
 )
 
@@ -208,6 +208,7 @@ def test_compiles_to_one_graph_and_exports(name, target):
 CHILDREN = {
     "latent": "kv",
     "pool2d": "proj",
+    "rotary": "qkv",
     "global context": "conv_attn",
     "clam gated": "attention_net.3.attention_b.1",
     "torchmil gated": "act_gated",
@@ -233,6 +234,15 @@ def test_a_late_hook_runs_the_modules_own_forward(name, child, served):
     assert not served
     assert len(log) == 2 * count > 0
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
+
+
+@pytest.mark.parametrize(
+    ("name", "keys"), [("normalised keys", "normalised"), ("rotary", "rotated"), ("latent", "")]
+)
+def test_the_report_says_where_projections_are_not_folded(name, keys):
+    model, _ = head(name)
+    (row,) = attnkern.optimize(model).replaced
+    assert row.reason == (keys and f"its keys are {keys}: projected, not folded")
 
 
 # ------------------------------------------------------------------ masks and dropout

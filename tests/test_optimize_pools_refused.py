@@ -7,7 +7,7 @@ import pytest
 import torch
 from pool_heads import HEADS, mil
 from test_optimize import traces
-from timm.layers import AttentionPool2d, AttentionPoolLatent, GlobalContext
+from timm.layers import AttentionPool2d, AttentionPoolLatent, GlobalContext, RotAttentionPool2d
 from torch import nn
 
 import attnkern
@@ -74,6 +74,10 @@ REFUSED = {
     "another result": (ScoresAlone, "gives other results than CLAM's Attn_Net_Gated"),
     "side effects": (Remembering, "does other things than CLAM's Attn_Net"),
     "all tokens": (lambda: AttentionPool2d(32, 3, head_dim=8, pool_type=""), "keeps every token"),
+    "all rotated tokens": (
+        lambda: RotAttentionPool2d(32, 3, head_dim=8, pool_type=""),
+        "keeps every token",
+    ),
     "mean context": (lambda: GlobalContext(32, use_attn=False), "use_attn=False"),
     "mean": (lambda: mil("mean"), "mil_mode='mean'"),
     "hooked kv": (lambda: hooked(HEADS["latent"][0](), "kv"), "its kv has hooks"),

@@ -1,10 +1,15 @@
-"""timm's attention pools: ``AttentionPoolLatent``, ``AttentionPool2d`` and ``GlobalContext``."""
+"""timm's attention pools: ``AttentionPoolLatent``, ``AttentionPool2d``, its rotary kin, and ``GlobalContext``.
+
+Keys that are normalised or rotated item by item are no linear maps of the items: they are projected, not
+folded, for all items, and the report says so.  The query alone is not, where it is one token.
+"""
 
 from __future__ import annotations
 
 from typing import Any, NamedTuple
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 
 from attnkern._activations import qualified_name
@@ -30,6 +35,7 @@ class Latent(NamedTuple):
 
     kv_weight: Tensor
     kv_bias: Tensor | None
+    note: str = ""
 
 
 def _read_latent(m: Any) -> Latent | str:
@@ -43,7 +49,8 @@ def _read_latent(m: Any) -> Latent | str:
     for name, child in (("q", m.q), ("q_norm", m.q_norm), ("k_norm", m.k_norm)):
         if reason := altered(child):
             return f"its {name} {reason}"
-    return Latent(m.kv.weight, m.kv.bias)
+    note = "" if type(m.k_norm) is nn.Identity else "its keys are normalised: projected, not folded"
+    return Latent(m.kv.weight, m.kv.bias, note)
 
 
 def _sdpa_mask(mask: Any, x: Tensor, m: Any) -> dict[str, Any] | None:
@@ -77,8 +84,8 @@ def latent_pool(module: Any, x: Any, attn_mask: Any = None, *, impl: str) -> Any
     query = module.q(module.latent)  # [1, L, E]: the same for every sample
     query = module.q_norm(query.unflatten(2, (heads, size)).transpose(1, 2))
     keys: dict[str, Any] = {"k_weight": k_weight, "k_bias": k_bias}
-    if type(module.k_norm) is not nn.Identity:  # keys that are no linear map of x are not folded
-        k = nn.functional.linear(x, k_weight, k_bias).unflatten(2, (heads, size)).transpose(1, 2)
+    if a.note:
+        k = F.linear(x, k_weight, k_bias).unflatten(2, (heads, size)).transpose(1, 2)
         keys = {"keys": module.k_norm(k).transpose(1, 2).flatten(2)}
     z = query_attention_pool(
         x,
@@ -99,7 +106,19 @@ def latent_pool(module: Any, x: Any, attn_mask: Any = None, *, impl: str) -> Any
     return z.mean(1) if module.pool == "avg" else z
 
 
-# ------------------------------------------------------------------ AttentionPool2d
+# ------------------------------------------------------------------ AttentionPool2d, RotAttentionPool2d
+
+
+class Rotary(NamedTuple):
+    """`Projections` of keys that are rotated."""
+
+    q_weight: Tensor
+    q_bias: Tensor | None
+    k_weight: Tensor
+    k_bias: Tensor | None
+    v_weight: Tensor
+    v_bias: Tensor | None
+    note: str = "its keys are rotated: projected, not folded"
 
 
 def _read_token(m: Any) -> Projections | str:
@@ -121,27 +140,62 @@ def _read_token(m: Any) -> Projections | str:
     return Projections(*(t for pair in pairs for t in pair))
 
 
-def token_pool(module: Any, x: Any, pre_logits: bool = False, *, impl: str) -> Any:
-    p = _read_token(module)
-    if (
-        not _softmax_pool.ready(module, p, x)
-        or isinstance(p, str)
-        or x.dim() != 4
-        or _softmax_pool.dropping(module)  # another draw for one token than for all
-    ):
-        return type(module).forward(module, x, pre_logits)
-    from timm.layers import resample_abs_pos_embed
+def _pools(module: Any, p: Any, x: Any) -> bool:
+    """Whether to serve this call; another draw of dropout is one for one token than for all."""
+    return _softmax_pool.ready(module, p, x) and x.dim() == 4 and not _softmax_pool.dropping(module)
 
-    size = x.shape[2:]
+
+def _tokens(module: Any, x: Tensor) -> Tensor:
+    """The map's positions behind the token that queries them, [B, 1 + H W, C]."""
     items = x.flatten(2).transpose(1, 2)
     cls = module.cls_token
     token = items.mean(1, keepdim=True) if cls is None else cls.expand(len(x), -1, -1)
+    return torch.cat([token, items], 1)
+
+
+def token_pool(module: Any, x: Any, pre_logits: bool = False, *, impl: str) -> Any:
+    p = _read_token(module)
+    if isinstance(p, str) or not _pools(module, p, x):
+        return type(module).forward(module, x, pre_logits)
+    from timm.layers import resample_abs_pos_embed
+
     positions = resample_abs_pos_embed(
-        module.pos_embed.unsqueeze(0), size, old_size=module.feat_size, num_prefix_tokens=1
+        module.pos_embed.unsqueeze(0), x.shape[2:], old_size=module.feat_size, num_prefix_tokens=1
     )
-    tokens = torch.cat([token, items], 1) + positions
     scale = None if module.fused_attn else module.scale
+    tokens = _tokens(module, x) + positions
     z = _softmax_pool.token_pool(tokens, p, module.num_heads, scale, impl).squeeze(1)
+    return z if pre_logits else module.proj(z)
+
+
+def _read_rotary(m: Any) -> Rotary | str:
+    p = _read_token(m)
+    return p if isinstance(p, str) else Rotary(*p)
+
+
+def rotary_pool(module: Any, x: Any, pre_logits: bool = False, *, impl: str) -> Any:
+    p = _read_rotary(module)
+    if isinstance(p, str) or not _pools(module, p, x):
+        return type(module).forward(module, x, pre_logits)
+    from timm.layers import apply_rot_embed_cat
+
+    heads, tokens = module.num_heads, _tokens(module, x)
+    rope = module.pos_embed.get_embed(tuple(x.shape[2:]))
+    rope = torch.cat(rope, -1) if isinstance(rope, tuple) else rope
+    query = F.linear(tokens[:, :1], p.q_weight, p.q_bias)  # not rotated
+    k = F.linear(tokens, p.k_weight, p.k_bias).unflatten(2, (heads, -1)).transpose(1, 2)
+    rotated = apply_rot_embed_cat(k[:, :, 1:], rope, half=module.rotate_half)
+    keys = torch.cat([k[:, :, :1], rotated], 2).type_as(k).transpose(1, 2).flatten(2)
+    z = query_attention_pool(
+        tokens,
+        query,
+        heads=heads,
+        keys=keys,
+        v_weight=p.v_weight,
+        v_bias=p.v_bias,
+        scale=None if module.fused_attn else module.scale,
+        impl=impl,
+    ).squeeze(1)
     return z if pre_logits else module.proj(z)
 
 
@@ -202,6 +256,20 @@ RULES = (
             "resample_abs_pos_embed pos_embed unsqueeze feat_size qkv q reshape num_heads head_dim "
             "k v permute unbind fused_attn nn functional scaled_dot_product_attention scale "
             "softmax drop _pool proj",
+            "_pool": "pool_type reshape shape permute",
+        },
+    ),
+    Rule(
+        "timm.layers.attention_pool2d.RotAttentionPool2d",
+        "query_attention_pool",
+        "softmax_pool_fwd",
+        _read_rotary,
+        rotary_pool,
+        {
+            "forward": "shape flatten transpose cls_token torch cat mean expand qkv q reshape "
+            "num_heads head_dim k v permute unbind pos_embed get_embed isinstance tuple "
+            "apply_rot_embed_cat rotate_half type_as fused_attn nn functional "
+            "scaled_dot_product_attention scale softmax drop _pool proj",
             "_pool": "pool_type reshape shape permute",
         },
     ),
