@@ -7,6 +7,7 @@ import torch
 from test_select import fresh
 
 import attnkern
+from attnkern import _native
 
 
 class _Block(torch.nn.Module):
@@ -152,6 +153,42 @@ def test_a_pool_goes_through_a_file(target, tmp_path):
         pool = torch.export.load({str(path)!r}).module()
         io = torch.load({str(tmp_path / "io.pt")!r}, weights_only=True)
         torch.testing.assert_close(pool(io["x"], io["mask"]), io["want"])
+        print("equal")
+        """
+    )
+    assert out.split() == ["equal"]
+
+
+r = torch.randn
+PACKAGED = {
+    "squeeze_excite": (_Block, lambda batch: (r(batch, 12, 5, 7),)),
+    "attention_gate": (_Gate, lambda batch: (r(batch, 12, 9, 8), r(batch, 12, 9, 8), r(batch, 8, 3, 3))),
+    "softmax_pool": (_Pool, lambda batch: (r(batch, 11, 12), r(batch, 11) > -0.5)),
+}  # fmt: skip
+
+
+@pytest.mark.minutes  # 27 s for the first, 12 s for the next: a C++ compiler runs
+@pytest.mark.skipif(not _native.available, reason="the compiled part is not built")
+@pytest.mark.parametrize("operator", PACKAGED)
+def test_ahead_of_time_inductor_packages_run_in_a_fresh_process(operator, tmp_path):
+    """For another number of samples than the one compiled with."""
+    torch.manual_seed(0)
+    make, inputs = PACKAGED[operator]
+    model, example = make("native").eval().requires_grad_(False), inputs(3)
+    batch = torch.export.Dim("batch", max=64)
+    program = torch.export.export(model, example, dynamic_shapes=[{0: batch}] * len(example))
+    path = torch._inductor.aoti_compile_and_package(
+        program, package_path=str(tmp_path / "model.pt2")
+    )
+    others = inputs(5)
+    torch.save({"inputs": others, "want": model(*others)}, tmp_path / "io.pt")
+    out = fresh(
+        f"""
+        import torch, attnkern
+        package = torch._inductor.aoti_load_package({str(path)!r})
+        io = torch.load({str(tmp_path / "io.pt")!r}, weights_only=True)
+        got = package(*io["inputs"])
+        torch.testing.assert_close(tuple(got) if isinstance(got, list) else got, io["want"])
         print("equal")
         """
     )
