@@ -252,6 +252,32 @@ def test_storage_offsets_of_items(columns, target, dtype):
         )
 
 
+@pytest.mark.parametrize("kind", ["x", "g"])
+@pytest.mark.parametrize("other", ["contiguous", "channels_last"])
+@pytest.mark.parametrize("name", [n for n in VIEWS if n[1] != "d"])
+def test_maps_of_a_gate(name, other, kind, target):
+    """Strides of the map that is gated and of y's gradient, beside each layout of the other map."""
+    spec = next(call.spec for call in CALLS if call.spec.name == "attention_gate")
+    t, beside, kernel = _view(name, target), _view(other, target), (1, 1)
+    if kind == "g":  # one position of g may stand for all of x
+        kernel = (H // t.shape[2], W // t.shape[3])
+    else:
+        beside = beside[:, :, : t.shape[2], : t.shape[3]]
+    maps = {"x": t, "g": beside} if kind == "x" else {"x": beside, "g": t}
+    theta = (3, maps["x"].shape[1], *kernel)
+    weights = {
+        "theta_weight": _base(theta, torch.float32, target.device),
+        "phi_weight": _base((3, maps["g"].shape[1]), torch.float32, target.device),
+        "psi_weight": _base((3,), torch.float32, target.device),
+    }
+    before = t.clone()
+    for options in ({"target": kind}, {"target": kind, "gate": "softmax"}):
+        for dy in (t, t.new_ones(()).expand(t.shape)):
+            case = testing.Case("", {}, options)
+            testing.compare(spec, case, maps | weights, grad_outputs=[dy], impl=target.impl)
+    assert torch.equal(t, before)
+
+
 def test_batch_zero_equals_eager(call, target, dtype):
     if not call.case.per_sample:
         pytest.skip("bags have no batch axis")

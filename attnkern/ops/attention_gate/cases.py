@@ -215,6 +215,9 @@ CASES = [
     case("leaky_relu", 2, 14, (7, 9), 7, act="leaky_relu", act_slope=0.2),
     case("softplus", 2, 14, (7, 9), 7, act="softplus", return_alpha=True),
     case("target_g", 2, 14, (7, 9), 7, gating_channels=11, target="g"),
+    # in channels_last a map of one channel, or of one position, lies in both layouts
+    case("target_g_one_channel", 2, 14, (7, 9), 7, gating_channels=1, target="g"),
+    case("target_g_one_position", 3, 6, (4, 3), 5, gating=(1, 1), kernel=(4, 3), target="g"),
     case("target_g_norm", 2, 14, (7, 9), 7, gating_channels=11, target="g", norms="batch"),
     case(
         "target_g_coarse",

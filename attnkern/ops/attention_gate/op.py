@@ -257,7 +257,7 @@ class _Gate(torch.autograd.Function):
                 d = torch.zeros_like(target)
             if not o.apply and dq is None:
                 dq = torch.zeros_like(q)
-            d = None if d is None else _layout.like(d, target)
+            d = None if d is None else _gradient(d, target, i.x)
             dq = None if dq is None else dq.contiguous()
             theta, phi = (None if s is None else Branch(s.scale) for s in statistics)
             dgammas: tuple[Tensor | None, ...] = (None, None)
@@ -343,6 +343,13 @@ def readable(i: Inputs) -> Inputs:
         g = _in_layout_of(g, x)
     small = (None if t is None else t.contiguous() for t in i[2:])
     return Inputs(x, g, *small)  # type: ignore[arg-type]
+
+
+def _gradient(d: Tensor, target: Tensor, x: Tensor) -> Tensor:
+    """d in the layout of its target as kernels walk it, which is x's: a g of one channel or position has both."""
+    if _layout.is_channels_last(x) and not _layout.is_channels_last(target):
+        return _in_layout_of(d, x)
+    return _layout.like(d, target)
 
 
 def _in_layout_of(g: Tensor, x: Tensor) -> Tensor:

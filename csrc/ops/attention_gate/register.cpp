@@ -24,6 +24,12 @@ bool is_channels_last(const Tensor& x) {
   return false;
 }
 
+// Whether t can be walked in that layout: a map of one channel, or of one position, in both.
+bool lies(const Tensor& t, bool last) {
+  if (t.numel() == 0) return true;
+  return last ? t.size(1) == 1 || t.stride(1) == 1 : !is_channels_last(t);
+}
+
 template <class Pointer>
 MapOf<Pointer> map_of(Pointer data, const Tensor& t, bool last) {
   if (!last) return {data, t.stride(0), t.stride(1), 1};
@@ -137,8 +143,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   fill(p, {x, g, theta, phi, bias, psi, psi_bias, taps, tap_weights, act, slope, {k1, k2, k3}, target, apply});
   const bool last = is_channels_last(x);
   if (d.has_value()) {
-    STD_TORCH_CHECK(d->numel() == 0 || is_channels_last(*d) == last,
-                    "attention_gate: the gradient must have the layout of x");
+    STD_TORCH_CHECK(lies(*d, last), "attention_gate: the gradient must have the layout of x");
     p.d = const_map(*d, last);
   }
   const int64_t hidden = need_weights ? p.sizes.hidden : 0;
@@ -227,8 +232,7 @@ Tensor apply_forward(const Tensor& x, const Tensor& alpha) {
 
 std::tuple<Tensor, Tensor> apply_backward(const Tensor& dy, const Tensor& x, const Tensor& alpha) {
   const bool last = is_channels_last(x);
-  STD_TORCH_CHECK(dy.numel() == 0 || is_channels_last(dy) == last,
-                  "gate_apply: the gradient must have the layout of x");
+  STD_TORCH_CHECK(lies(dy, last), "gate_apply: the gradient must have the layout of x");
   Tensor dx = glue::empty_like(x), dalpha = glue::empty_like(alpha);
   const ApplyBackwardParams p{glue::dtype_of(x),
                               x.size(0),
