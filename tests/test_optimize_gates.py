@@ -369,12 +369,27 @@ def test_maps_may_be_given_by_name(make, names, served):
         gradients(model, [first], **{names[1]: second}),
     )
     assert len(served) == 3
-    for wrong in ({}, {"z": first}, {names[0]: first}, {names[0]: first, "z": second}):
+    own = type(model).forward.__code__.co_varnames[3:]  # which are no arguments
+    for wrong in (
+        *({}, {"z": first}, {names[0]: first}, {names[0]: first, "z": second}),
+        *({name: first} for name in own),
+    ):
         with pytest.raises(TypeError) as stock:
             model(first, **wrong)
         with pytest.raises(TypeError) as ours:
             twin(first, **wrong)
         assert str(ours.value) == str(stock.value)
+
+
+def test_an_argument_with_a_default_is_no_map():
+    class Extra(copied.Attention_block):
+        def forward(self, g, x, extra=None):
+            return x * self.psi(self.relu(self.W_g(g) + self.W_x(x)))
+
+    twin, first = optimized(Extra(8, 8, 4)), torch.randn(2, 8, 4, 4)
+    twin(first, x=first)
+    with pytest.raises(TypeError, match="missing 1 required positional argument: 'x'"):
+        twin(g=first, extra=first)
 
 
 @pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])

@@ -1,6 +1,7 @@
 """Attention gates that the drop-in rules leave alone: each is named, with the reason."""
 
 import functools
+import types
 
 import gate_modules as copied
 import pytest
@@ -58,7 +59,54 @@ class Doubled(copied.AlignedCorners):
         return self.W(alpha * x), alpha
 
 
+class Layered(copied.AlignedCorners):
+    """A copy whose theta has its norm beside it, and which spells out how it resamples."""
+
+    def __init__(self):
+        super().__init__(6, 8)
+        self.theta = nn.Sequential(nn.Conv2d(6, 3, 2, 2), nn.BatchNorm2d(3))
+        del self.upsample_mode
+
+    def forward(self, x, g):
+        t = self.theta(x)
+        u = torch.nn.functional.interpolate(self.phi(g), t.shape[2:], mode="bilinear")
+        alpha = torch.sigmoid(self.psi(torch.relu(t + u)))
+        alpha = torch.nn.functional.interpolate(alpha, x.shape[2:], mode="bilinear")
+        return self.W(alpha * x), alpha
+
+
+class Activated(nn.Module):
+    """The classifier's children by another hand."""
+
+    def __init__(self, nl1, **attributes):
+        super().__init__()
+        self.theta, self.phi, self.psi = (nn.Conv2d(4, n, 1) for n in (4, 4, 1))
+        self.nl1 = nl1
+        vars(self).update(attributes)
+
+    def forward(self, x, g):
+        alpha = torch.sigmoid(self.psi(self.nl1(self.theta(x) + self.phi(g))))
+        return alpha * x, alpha
+
+
+def bound(function):
+    model = copied.GridAttentionBlock2D(6, 8)
+    model.operation_function = types.MethodType(function, model)
+    return model
+
+
 REFUSED = {
+    "layered theta": (Layered, "its theta is a torch.nn.modules.container.Sequential"),
+    "no mode": (lambda: Activated(torch.relu), "its mode is None"),
+    "builtin activation": (
+        lambda: Activated(torch.relu, mode="concatenation_sigmoid"),
+        "its nl1 is a builtins.builtin_function_or_method",
+    ),
+    "builtin operation": (lambda: bound(torch.add), "its operation_function does other things"),
+    "strided additive": (
+        lambda: changed("monai", "W_x.0.conv", nn.Conv2d(8, 5, 2, 2)),
+        "its theta is not a 1x1 convolution",
+    ),
     "own forward": (lambda: OwnForward(6, 8, 4), "OwnForward has its own forward"),
     "another formula": (lambda: Negated(6, 6, 4), "gives other results than Image_Segmentation's"),
     "another order": (lambda: Swapped(6, 6, 4), "gives other results than Image_Segmentation's"),

@@ -119,7 +119,8 @@ def read(
             if reason := _refuse_norm(role, norm, conv):
                 return reason
             norms[f"{role}_norm"] = norm
-        if role != "theta" and set(conv.kernel_size) != {1}:
+        # a strided theta only where what comes of it is resampled
+        if (role != "theta" or "upsample" not in options) and set(conv.kernel_size) != {1}:
             return f"its {role} is not a 1x1 convolution: {conv}"
         weights[f"{role}_weight"], weights[f"{role}_bias"] = weight_and_bias(conv)
     if len(set(map(id, norms.values()))) < len(norms):
@@ -220,10 +221,9 @@ def call(a: Any, x: Tensor, g: Tensor, impl: str, **options: Any) -> Any:
 
 def by_name(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
     """A call's arguments in the order in which the module's class takes them."""
-    names = type(module).forward.__code__.co_varnames[1:]
-    left = dict(named)
-    order = [left.pop(name) for name in names[len(given) :] if name in left]
-    return (*given, *order) if not left else ()
+    code = type(module).forward.__code__
+    names = code.co_varnames[1 : code.co_argcount][len(given) :][: len(named)]
+    return (*given, *(named[name] for name in names)) if {*names} == {*named} else ()
 
 
 # ------------------------------------------------------------------ MONAI's block, and the one it follows

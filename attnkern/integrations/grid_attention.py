@@ -6,13 +6,14 @@ normalises by a sigmoid or a softmax.  A ``MultiAttentionBlock`` is served by it
 
 from __future__ import annotations
 
-from types import CodeType, MethodType
+from types import CodeType, FunctionType, MethodType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from attnkern import _autocast
+from attnkern._activations import qualified_name
 from attnkern.integrations import Rule, _attention_gate
 from attnkern.integrations._attention_gate import Arguments, Layer
 from attnkern.integrations._structure import refers_to
@@ -24,7 +25,7 @@ _NAMES = (
 )
 _TORR = f"{_NAMES} nl1 mode sum min max NotImplementedError"
 _MODES = {"concatenation_sigmoid": "sigmoid", "concatenation_softmax": "softmax"}
-_LINEAR = {3: "linear", 4: "bilinear", 5: "trilinear"}
+_LINEAR = {nn.Conv1d: "linear", nn.Conv2d: "bilinear", nn.Conv3d: "trilinear"}
 
 
 def _is_gate(m: nn.Module) -> bool:
@@ -47,18 +48,21 @@ def _read(m: Any) -> Arguments | str:
     operation, c = _operation(m), m._modules
     if missing := [name for name in ("theta", "phi", "psi") if name not in c]:
         return f"it has no layer {missing[0]}"
-    code = operation and operation.__code__
+    code = getattr(operation, "__code__", None)
     torr = code and "nl1" in code.co_names
-    if not refers_to(operation, _TORR if torr else _NAMES, exactly=False):
+    if not code or not refers_to(operation, _TORR if torr else _NAMES, exactly=False):
         return "its operation_function does other things"
     if not torr:
         act = "softplus" if "softplus" in code.co_names else "relu"
         gate = "softmax" if "softmax" in code.co_names else "sigmoid"
-    elif m.mode in _MODES:
-        # an nl1 that refers to nothing returns what it is given
-        act, gate = "relu" if m.nl1.__code__.co_names else "leaky_relu", _MODES[m.mode]
     else:
-        return f"its mode is {m.mode}, neither a sigmoid nor a softmax"
+        mode, nl1 = (getattr(m, name, None) for name in ("mode", "nl1"))
+        if mode not in [*_MODES]:
+            return f"its mode is {mode}, neither a sigmoid nor a softmax"
+        if not isinstance(nl1, FunctionType):
+            return f"its nl1 is a {qualified_name(type(nl1))}"
+        # one that refers to nothing returns what it is given
+        act, gate = "relu" if nl1.__code__.co_names else "leaky_relu", _MODES[mode]
     out: Layer | str | None = None
     if "W" in c:
         out = _attention_gate.layer("W", c["W"]) if type(c["W"]) is nn.Sequential else Layer(c["W"])
@@ -67,7 +71,7 @@ def _read(m: Any) -> Arguments | str:
         act=act,
         act_slope=1.0,
         gate=gate,
-        upsample=getattr(m, "upsample_mode", None) or _LINEAR[c["theta"].weight.dim()],
+        upsample=getattr(m, "upsample_mode", None) or _LINEAR.get(type(c["theta"])),
         align_corners=_aligns_corners(code),
     )
 
