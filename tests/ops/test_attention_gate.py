@@ -126,6 +126,29 @@ def test_running_statistics_move_as_torch_moves_them(target, momentum):
         assert momentum == 0 or not torch.equal(norm.running_mean, torch.full_like(got, 0.3))
 
 
+@pytest.mark.parametrize("momentum", [0.1, 0.01])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_low_precision_statistics_are_rounded_once(target, dtype, momentum):
+    """After 200 steps no farther from float64's than twice what torch's own are."""
+    norm = nn.BatchNorm2d(7, momentum=momentum).to(target.device, dtype)
+    wide = nn.BatchNorm2d(7, momentum=momentum).to(target.device).double()
+    got = BatchNorm(norm.running_mean.clone(), norm.running_var.clone(), training=True)
+    tensors = {k: None if t is None else t.to(target.device) for k, t in _gate(bias=False).items()}
+    for step in range(200):
+        # exact products, so that torch's norm is given what ours is
+        tensors["x"] = (
+            torch.randint(-1, 2, (3, 10, 6, 5), device=target.device) * (step % 2 + 1) / 4
+        )
+        tensors["theta_weight"] = torch.eye(7, 10, device=target.device)
+        given = {k: t if t is None else t.to(dtype) for k, t in tensors.items()}
+        attention_gate(**given, theta_norm=got._replace(momentum=momentum), impl=target.impl)
+        norm(given["x"][:, :7])
+        wide(given["x"][:, :7].double())
+    for ours, torchs, exact in zip(got[:2], norm.buffers(), wide.buffers(), strict=False):
+        error, allowed = ((t.double() - exact).abs().max() for t in (ours, torchs))
+        assert error <= 2 * (allowed + torch.finfo(dtype).eps * exact.abs().max())
+
+
 def test_a_bias_under_statistics_of_the_batch_has_gradient_zero(target):
     tensors = {k: v.to(target.device).requires_grad_() for k, v in _gate().items()}
     norms = {

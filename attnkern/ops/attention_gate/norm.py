@@ -80,6 +80,12 @@ def track(norm: BatchNorm, mean: Tensor, var: Tensor, count: int, bias: Tensor |
     keep, move = 1 - norm.momentum, norm.momentum
     with torch.no_grad():
         mean = mean if bias is None else mean + bias
-        norm.running_mean.mul_(keep).add_(in_dtype(mean, norm.running_mean.dtype), alpha=move)
         unbiased = move * count / max(count - 1, 1)
-        norm.running_var.mul_(keep).add_(in_dtype(var, norm.running_var.dtype), alpha=unbiased)
+        for running, of_batch, share in (
+            (norm.running_mean, mean, move),
+            (norm.running_var, var, unbiased),
+        ):
+            if running.dtype is of_batch.dtype:
+                running.mul_(keep).add_(of_batch, alpha=share)
+            else:  # rounded once, as torch's
+                running.copy_(running.to(of_batch.dtype).mul_(keep).add_(of_batch, alpha=share))
