@@ -36,6 +36,15 @@ def check_limits(plan, device, query):
     assert plan["slots"] == plan["blocks"] * plan["tile"] // 32
     assert 1 <= plan["splits"] <= 64
     assert (plan["passes"] * plan["hidden"]) % plan["rows"] == 0
+    if plan["fused"]:
+        assert plan["whole"]
+        assert plan["shared_bytes"] <= device["shared_per_sm"] // 2, (
+            "one block loads as another multiplies"
+        )
+        # a warp keeps two blocks of 32 x 32 sums of the weights' gradients
+        maps = query["channels"], query.get("gating", query["channels"])
+        assert plan["hidden"] // 32 * sum((c + 31) // 32 for c in maps) <= plan["threads"] // 16
+        assert 2 * 255 * plan["threads"] <= 65536, "registers of two blocks"
     if plan["whole"]:
         assert plan["passes"] == 1
     else:
@@ -61,6 +70,20 @@ def test_maps_and_weights_stay_where_they_fit(channels, length, channels_last):
         check_limits(plan, H200, query)
         assert plan["whole"] == (channels <= 128)
         assert plan["passes"] == 1
+
+
+@pytest.mark.parametrize("channels_last", [0, 1], ids=["first", "last"])
+def test_backward_is_one_kernel_where_most_bytes_are(channels_last):
+    """The upper skips of a U-Net: x, g and dy are read once.  Below, weights take the room of maps."""
+    for channels, length in [(16, 512**2), (32, 512**2), (64, 512**2), (64, 128**3), (64, 1024)]:
+        query = {"batch": 8, "channels": channels, "hidden": channels // 2, "length": length}
+        for dtype_bytes in (2, 4):
+            form = {"dtype_bytes": dtype_bytes, "channels_last": channels_last}
+            plan = ask("backward", H200, **query, **form)
+            assert plan["fused"], (channels, dtype_bytes)
+            assert plan["blocks_per_sm"] >= 2
+    for other in ({"resampled": 1}, {"kernel": 2}, {"channels": 256, "hidden": 128}):
+        assert not ask("backward", H200, dtype_bytes=2, **{**query, **other})["fused"]
 
 
 def test_a_processor_has_enough_on_its_way():

@@ -404,10 +404,10 @@ def test_too_many_features_are_the_operators_error(pool):
 # ------------------------------------------------------------------ attention gates
 
 GATED = [c for c in CALLS if c.spec.operator == "attention_gate_fwd"]
-# whole maps in shared memory; chunks of them; backward in one range of tiles or in many
+# whole maps in shared memory, backward in one kernel or in ranges of two tiles; chunks of maps
 GATE_PLANS = {
-    "whole": {"tile": 64},
-    "own": {},
+    "fused": {"tile": 64},
+    "whole": {"tile": 64, "chunk_units": 2},
     "chunks": {"tile": 32, "chunk": 32, "chunk_units": 2},
     "long": {"tile": 256, "chunk": 64, "chunk_units": 1},
 }
@@ -467,6 +467,7 @@ def test_gates_of_whole_packs(gates, norms, channels_last):
         tensors = case.inputs(dtype, channels_last=channels_last)
         testing.compare(GATED[0].spec, case, tensors, impl="native")
         assert all(plan.whole for plan in gates.plans)
+        assert gates.plans[-1].fused
 
 
 def test_more_hidden_units_than_a_block_has(gates):

@@ -63,7 +63,7 @@ Force = _struct("Force", "tile:i chunk:i chunk_units:l")
 Plan = _struct(
     "Plan",
     "threads:i tile:i hidden:i passes:i whole:b chunk:i map_stride:i map_size:i weight_stride:i "
-    "weight_size:i tiles:l units:l blocks:l slots:l shared_bytes:i blocks_per_sm:i chunk_units:l "
+    "weight_size:i tiles:l units:l blocks:l slots:l shared_bytes:i blocks_per_sm:i fused:b chunk_units:l "
     "rows:i splits:i",
     b=ctypes.c_bool,
 )

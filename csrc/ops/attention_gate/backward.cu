@@ -1,6 +1,8 @@
-// Backward in ranges of units whose hidden gradients stay in L2: h again, then the maps' and the weights' gradients.
+// Backward, fused; or in ranges of units whose hidden gradients stay in L2: h again, then the maps' and the weights'
+// gradients.
 #include <utility>
 
+#include "ops/attention_gate/fused_backward.cuh"
 #include "ops/attention_gate/launch.cuh"
 #include "ops/attention_gate/reduce.cuh"
 #include "ops/attention_gate/resample.cuh"
@@ -14,7 +16,7 @@ struct Carved {
   SplitSpace weights;
   float* dq = nullptr;       // [B, grid], where the gate was applied
   float* vectors = nullptr;  // dbias, dpsi and dpsi_bias of a slot
-  float* dtheta = nullptr;   // [splits, hidden units, terms]
+  float* dtheta = nullptr;   // [splits, hidden units, terms]; fused: [blocks, F, C]
   float* dphi = nullptr;
   Beside* beside = nullptr;
   HiddenGradients hidden{};
@@ -28,15 +30,21 @@ Carved carve(const BackwardParams& p, const Plan& plan, void* base) {
   Carver carver{static_cast<char*>(base)};
   Carved c;
   const int64_t pitch = int64_t{plan.passes} * plan.hidden, rows = plan.chunk_units * plan.tile;
+  c.hidden.pitch = pitch;
   c.weights = take_split(carver, p, plan);
+  if (p.dtheta) c.vectors = carver.take<float>(plan.slots * 3 * pitch);
+  if (plan.fused) {
+    if (p.dtheta) c.dtheta = carver.take<float>(plan.blocks * n.hidden * n.channels);
+    if (p.dphi) c.dphi = carver.take<float>(plan.blocks * n.hidden * n.gating);
+    c.bytes = carver.bytes;
+    return c;
+  }
   if (p.apply) c.dq = carver.take<float>(n.batch * product_of(n.grid));
   if (p.dtheta) {
-    c.vectors = carver.take<float>(plan.slots * 3 * pitch);
     c.dtheta = carver.take<float>(plan.splits * pitch * theta_operand(p).width);
     if (p.phi) c.dphi = carver.take<float>(plan.splits * pitch * phi_operand(p).width);
   }
   if (!p.phi && p.dg.data) c.beside = carver.take<Beside>(n.g[0] + n.g[1] + n.g[2]);
-  c.hidden.pitch = pitch;
   c.hidden.dt = carver.take<char>(rows * pitch * size_of(p.dtype));
   c.hidden.du = is_normed(p) ? carver.take<char>(rows * pitch * size_of(p.dtype)) : c.hidden.dt;
   c.bytes = carver.bytes;
@@ -100,13 +108,30 @@ Status launch_range(const BackwardParams& p, const Plan& plan, const Work<T>& wo
   return status;
 }
 
+template <class T, bool last>
+Status launch_fused(const BackwardParams& p, const Plan& plan, const Work<T>& work, const Carved& c, void* stream) {
+  Operand d = work.operands[p.target == Target::x ? work.theta : 1 - work.theta];
+  d.map = p.d;
+  return launch(attention_gate_bwd_kernel<T, last>, {plan.blocks, plan.threads, plan.shared_bytes}, stream, p, plan,
+                work, d, c.vectors, c.dtheta, c.dphi);
+}
+
 Status launch_reductions(const BackwardParams& p, const Plan& plan, const Carved& c, void* stream) {
-  const int64_t hidden = p.sizes.hidden, pitch = c.hidden.pitch;
+  const Sizes& n = p.sizes;
+  const int64_t hidden = n.hidden, pitch = c.hidden.pitch;
   const auto to = [](void* out) { return static_cast<float*>(out); };
   Status status =
       launch_reduce({c.vectors, {to(p.dbias), to(p.dpsi)}, 2, hidden, pitch, 3 * pitch, plan.slots}, stream);
   if (status.ok())
     status = launch_reduce({c.vectors + 2 * pitch, {to(p.dpsi_bias)}, 1, 1, pitch, 3 * pitch, plan.slots}, stream);
+  const auto reduce_weight = [&](const float* blocks, void* out, int64_t channels) {
+    const int64_t count = hidden * channels;
+    return launch_reduce({blocks, {to(out)}, 1, count, count, count, plan.blocks}, stream);
+  };
+  if (plan.fused) {
+    if (status.ok()) status = reduce_weight(c.dtheta, p.dtheta, n.channels);
+    return status.ok() ? reduce_weight(c.dphi, p.dphi, n.gating) : status;
+  }
   if (status.ok()) status = launch_put_weight(p, plan, theta_operand(p), c.dtheta, p.dtheta, stream);
   if (status.ok() && p.dphi) status = launch_put_weight(p, plan, phi_operand(p), c.dphi, p.dphi, stream);
   return status;
@@ -127,6 +152,7 @@ Status launch_backward_cuda(const BackwardParams& p, const Plan& plan, void* str
     constexpr bool last = decltype(is_last)::value;
     Work<T> work;
     Status status = make_work(p, plan, c.weights, work, stream);
+    if (plan.fused) return status.ok() ? launch_fused<T, last>(p, plan, work, c, stream) : status;
     if (status.ok() && p.apply) status = launch_logits<T, last>(p, c.dq, stream);
     if (status.ok() && c.beside) status = launch_beside(p, c.beside, stream);
     if (status.ok() && p.dx.data) status = launch_uncovered<T>(p, p.target == Target::x ? p.d : ConstMap{}, stream);

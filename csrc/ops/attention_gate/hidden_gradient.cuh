@@ -21,13 +21,31 @@ struct UnitBranch {
   ATTNKERN_DEVICE float of(const Branch& b, float dh, float t) const { return b.k0 ? scale * dh + k0 + k1 * t : dh; }
 };
 
+// A lane's sums over its positions.
+struct LaneVectors {
+  float dbias[kLaneColumns] = {}, dpsi[kLaneColumns] = {}, dpsi_bias = 0.0f;
+
+  // Writes, or adds to, a warp's slot [3, pitch]; the warps of the first hidden units have the slot's dpsi_bias.
+  ATTNKERN_DEVICE void put(float* slot, int64_t pitch, bool first, bool adds) const {
+    const auto add = [&](bool own, float* to, float value) {
+      if (own) store_global(to, adds ? load_global(to) + value : value);
+    };
+    each_unit([&](int i, int unit) {
+      add(lane_id() < 4, slot + unit, rows_sum(dbias[i]));
+      add(lane_id() < 4, slot + pitch + unit, rows_sum(dpsi[i]));
+    });
+    const float sum = rows_sum(dpsi_bias);  // of lanes 0 to 3 the same
+    add(first && lane_id() == 0, slot + 2 * pitch, sum);
+  }
+};
+
 // dt, du of a lane's positions and its hidden units i, and the sums of dh and dq act(h).
 struct UnitGradient {
   float dt[kLaneRows], du[kLaneRows];
 
   template <class Product>
   ATTNKERN_DEVICE UnitGradient(const BackwardParams& p, int64_t f, const LaneGradients& dq, const Product& t,
-                               const Product& u, int i, float& dbias, float& dpsi) {
+                               const Product& u, int i, LaneVectors& sums) {
     const bool exists = f < p.sizes.hidden;
     const int64_t at = exists ? f : 0;
     const HiddenUnit unit(p, p.theta_branch.scale, p.phi_branch.scale, at);
@@ -38,8 +56,8 @@ struct UnitGradient {
       if (!exists || !dq.real[r]) continue;
       const float a = value_of(t, r, i), b = value_of(u, r, i), h = unit.h(a, b);
       const float dh = hidden_backward(p, dq.value[r] * unit.psi, h);
-      dbias += dh;
-      dpsi += dq.value[r] * hidden_act(p, h);
+      sums.dbias[i] += dh;
+      sums.dpsi[i] += dq.value[r] * hidden_act(p, h);
       dt[r] = theta.of(p.theta_branch, dh, a);
       du[r] = phi.of(p.phi_branch, dh, b);
     }
@@ -61,7 +79,7 @@ attention_gate_hidden_gradient_kernel(ATTNKERN_GRID_CONSTANT const BackwardParam
   SharedArena arena;
   const Stream<T, last> stream(p.sizes, plan, work, arena, own.pass, 1);
   WarpProduct<T, kLaneRows / 2, kLaneColumns / 2> t, u;
-  float dbias[kLaneColumns] = {}, dpsi[kLaneColumns] = {}, dq_sum = 0.0f;
+  LaneVectors vectors;
   const int64_t first = int64_t{own.pass} * plan.hidden + place.column;
   stream.run(out.first + own.block, out.last, [&](const Step& step, int stage) {
     if (step.operand == work.theta)
@@ -71,13 +89,13 @@ attention_gate_hidden_gradient_kernel(ATTNKERN_GRID_CONSTANT const BackwardParam
     if (!stream.completes(step)) return;
     const GateTile tile = tile_of(p.sizes, plan, step.unit);
     if (!p.phi) add_resampled(u, p, tile, place.row, first);
-    const LaneGradients gradients(dq, p.sizes, tile, place.row);
+    const LaneGradients gradients(TileGradients(dq, p.sizes, tile), tile, place.row);
     const int64_t row = (step.unit - out.first) * plan.tile + place.row + lane_id() / 4;
 #pragma unroll
     for (int j = 0; j < kLaneColumns; j += 2) {
       const int unit = j / 2 * 8 + lane_id() % 4 * 2;
-      const UnitGradient one(p, first + unit, gradients, t, u, j, dbias[j], dpsi[j]);
-      const UnitGradient two(p, first + unit + 1, gradients, t, u, j + 1, dbias[j + 1], dpsi[j + 1]);
+      const UnitGradient one(p, first + unit, gradients, t, u, j, vectors);
+      const UnitGradient two(p, first + unit + 1, gradients, t, u, j + 1, vectors);
 #pragma unroll
       for (int r = 0; r < kLaneRows; ++r) {
         const int64_t at = (row + 8 * r) * out.pitch + first + unit;
@@ -87,24 +105,12 @@ attention_gate_hidden_gradient_kernel(ATTNKERN_GRID_CONSTANT const BackwardParam
       }
     }
 #pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) dq_sum += gradients.value[r];
+    for (int r = 0; r < kLaneRows; ++r) vectors.dpsi_bias += gradients.value[r];
     t.clear();
     u.clear();
   });
   if (!partial) return;
-  float* const slot = slot_of(partial, plan, own, place, 3);
-  const auto add = [&](float* to, float value) {
-    if (lane_id() < 4) store_global(to, out.first ? load_global(to) + value : value);
-  };
-  each_unit([&](int i, int unit) {
-    add(slot + unit, rows_sum(dbias[i]));
-    add(slot + out.pitch + unit, rows_sum(dpsi[i]));
-  });
-  dq_sum = rows_sum(dq_sum);  // of lanes 0 to 3 the same
-  if (first == 0 && lane_id() == 0) {
-    float* const to = slot + 2 * out.pitch;
-    store_global(to, out.first ? load_global(to) + dq_sum : dq_sum);
-  }
+  vectors.put(slot_of(partial, plan, own, place, 3), out.pitch, first == 0, out.first > 0);
 }
 
 }  // namespace attnkern::attention_gate

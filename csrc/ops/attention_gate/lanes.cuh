@@ -53,16 +53,26 @@ struct HiddenUnit {
   ATTNKERN_DEVICE float h(float t, float u) const { return theta_scale * t + phi_scale * u + bias; }
 };
 
-// dq of a lane's positions, 0 beyond the tile's.
+// dq of a tile's positions in global memory; null: 0.
+struct TileGradients {
+  const void* dq;
+  int64_t first;
+  ATTNKERN_DEVICE TileGradients(const void* dq_, const Sizes& n, const GateTile& tile)
+      : dq(dq_), first(tile.sample * product_of(n.grid) + tile.first) {}
+  ATTNKERN_DEVICE float load(int at) const { return element_of(dq, first + at); }
+};
+
+// dq of a lane's positions, 0 beyond the tile's. `tile_dq` has that of the tile, in shared or in global memory.
 struct LaneGradients {
   float value[kLaneRows];
   bool real[kLaneRows];
-  ATTNKERN_DEVICE LaneGradients(const void* dq, const Sizes& n, const GateTile& tile, int row) {
+  template <class From>
+  ATTNKERN_DEVICE LaneGradients(const From& tile_dq, const GateTile& tile, int row) {
 #pragma unroll
     for (int r = 0; r < kLaneRows; ++r) {
       const int at = row + 8 * r + lane_id() / 4;
       real[r] = at < tile.count;
-      value[r] = real[r] ? element_of(dq, tile.sample * product_of(n.grid) + tile.first + at) : 0.0f;
+      value[r] = real[r] ? tile_dq.load(at) : 0.0f;
     }
   }
 };

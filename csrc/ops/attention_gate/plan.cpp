@@ -12,7 +12,7 @@ namespace {
 constexpr int kWarps = kMostThreads / 32;
 constexpr int kMostChunk = 128;            // terms of a chunk that is not a whole map
 constexpr int kMostBlocks = 4;             // of an SM that a plan counts on
-constexpr int64_t kChunkBytes = 24 << 20;  // of hidden gradients: with the maps of their units they stay in L2
+constexpr int64_t kChunkBytes = 24 << 20;  // of hidden gradients, which stay in L2
 constexpr int kMostSplits = 64;
 
 constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -61,6 +61,18 @@ int64_t lay_out(const Problem& p, Plan& plan) {
   return bytes;
 }
 
+// The same of a block of the fused backward, by lay_out's strides: x, g and d of a tile, dt and du, both weights; dq,
+// alpha and what dq is added up from.
+int64_t lay_out_fused(const Problem& p, Plan& plan) {
+  lay_out(p, plan);
+  const int64_t rows = plan.tile * row_stride(p, plan.hidden), threads = plan.tile / kWarpTile * plan.hidden;
+  const int64_t bytes = 3 * in_packs(int64_t{plan.map_size} * p.dtype_bytes) + 2 * in_packs(rows * p.dtype_bytes) +
+                        in_packs(2 * int64_t{plan.weight_size} * p.dtype_bytes) + 2 * in_packs(4 * plan.tile) +
+                        in_packs(4 * threads * 16 / p.dtype_bytes);
+  plan.shared_bytes = static_cast<int>(std::min<int64_t>(bytes, INT32_MAX));
+  return bytes;
+}
+
 // Hidden units of a pass beside `tile` positions: as many as the block's warps have products for, in even passes.
 void choose_hidden(const Problem& p, Plan& plan, int tile, int warps = kMostThreads / 32) {
   const int64_t all = multiple_of(p.sizes.hidden, kWarpTile), most = int64_t{kWarpTile} * warps / (tile / kWarpTile);
@@ -78,6 +90,22 @@ int most_positions(const Problem& p, const cuda::DeviceProperties& device) {
   return tile;
 }
 
+// The longest tile of which two blocks share an SM, by memory and by registers, and whose warps have room for the sums
+// of the weights' gradients. A map too small for such tiles takes few of them: five launches cost more.
+void choose_fused(const Problem& p, Plan& plan, int64_t limit, int longest, const Force& force) {
+  const bool ranges = force.chunk || force.chunk_units;
+  if (p.task != Task::backward || p.resampled || volume_of(p.sizes.kernel) > 1 || ranges) return;
+  const Widths widths = widths_of(p);
+  for (int tile = force.tile ? force.tile : std::max(longest, 2 * kWarpTile); tile >= kWarpTile; tile /= 2) {
+    choose_hidden(p, plan, tile);
+    const int rows = plan.hidden / kWarpTile, warps = tile / kWarpTile * rows;
+    const int64_t sums = rows * (widths.theta + widths.phi) / kWarpTile;
+    plan.fused =
+        plan.passes == 1 && 2 * warps <= kWarps && sums <= kWeightTiles * warps && lay_out_fused(p, plan) <= limit;
+    if (plan.fused || force.tile) return;
+  }
+}
+
 // Whole maps and weights where they fit: the longest tile that lets two blocks share an SM, or that fits at all. Else
 // chunks, of the most terms that fit.
 void choose_tile(const Problem& p, Plan& plan, const cuda::DeviceProperties& device, const Force& force) {
@@ -85,6 +113,8 @@ void choose_tile(const Problem& p, Plan& plan, const cuda::DeviceProperties& dev
   const int64_t half = std::min<int64_t>(whole, device.shared_bytes_per_sm / 2 - 1024);
   const int longest = force.tile ? force.tile : most_positions(p, device), least = force.tile ? force.tile : kWarpTile;
   plan.whole = true;
+  choose_fused(p, plan, half, longest, force);
+  if (plan.fused) return;
   for (const int64_t limit : {half, whole})
     for (int tile = longest; tile >= std::min(2 * least, longest) && !force.chunk; tile /= 2) {
       choose_hidden(p, plan, tile);
@@ -185,6 +215,7 @@ PlanAnswer answer(const PlanQuery& query, Task task) {
       {"hidden", std::to_string(plan.hidden)},
       {"passes", std::to_string(plan.passes)},
       {"whole", std::to_string(plan.whole)},
+      {"fused", std::to_string(plan.fused)},
       {"chunk", std::to_string(plan.chunk)},
       {"tiles", std::to_string(plan.tiles)},
       {"units", std::to_string(plan.units)},

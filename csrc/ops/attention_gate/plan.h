@@ -23,6 +23,7 @@ constexpr int kWarpTile = 32;      // positions and hidden units of a warp's pro
 constexpr int kStages = 3;         // chunks of a map on their way or in use
 constexpr int kMostThreads = 256;  // of a block
 constexpr int kMostTile = 256;     // positions
+constexpr int kWeightTiles = 2;    // of 32 x 32 sums of theta's and phi's gradients, that a warp keeps
 
 // A block takes tiles of positions of a sample and, of the hidden units, one pass or all one after another. What a
 // product is made of comes through shared memory in chunks of terms (channels, or channels of a patch): whole maps and
@@ -45,6 +46,7 @@ struct Plan {
   int shared_bytes;   // more than the device has where it cannot run
   int blocks_per_sm;
   // backward
+  bool fused;           // one kernel; the rest is for ranges of units
   int64_t chunk_units;  // units whose hidden gradients the workspace holds at once
   int rows;             // hidden units of a block of the weights' gradients
   int splits;           // blocks that share a chunk there
@@ -53,8 +55,8 @@ struct Plan {
 // Tests force what a plan would choose by itself.
 struct Force {
   int tile = 0;
-  int chunk = 0;  // terms, of a plan that is not whole
-  int64_t chunk_units = 0;
+  int chunk = 0;            // terms, of a plan that is not whole
+  int64_t chunk_units = 0;  // backward in ranges
 };
 
 Problem problem_of(const ForwardParams& params);

@@ -8,7 +8,7 @@ namespace attnkern::attention_gate {
 
 using namespace cuda;
 
-constexpr int kReduceRows = 8;
+constexpr int kReduceRows = 16;
 constexpr int kReduceOutputs = 3;
 
 // out[o][i] = the sum over slots of partial[slot stride + o pitch + i], i < count.
@@ -21,9 +21,9 @@ struct Reduction {
 
 // Computes   a Reduction
 // Layout     dense
-// Mapping    a block: 32 elements of an output, 8 rows of warps along the slots
+// Mapping    a block: 32 elements of an output, 16 warps along the slots
 // Traffic    the partial sums once
-// Numerics   float; every 8th term in order, then the 8 sums in order
+// Numerics   float; every 16th term in order, then the 16 sums in order
 template <int Rows>
 ATTNKERN_KERNEL(Rows* kWarpSize, 4)
 attention_gate_reduce_kernel(ATTNKERN_GRID_CONSTANT const Reduction r) {

@@ -117,7 +117,7 @@ attention_gate_sums_kernel(ATTNKERN_GRID_CONSTANT const SumsParams p, ATTNKERN_G
     if (!stream.completes(step)) return;
     const GateTile tile = tile_of(p.sizes, plan, step.unit);
     if (!p.phi) add_resampled(u, p, tile, place.row, first);
-    const LaneGradients dq(p.dq, p.sizes, tile, place.row);
+    const LaneGradients dq(TileGradients(p.dq, p.sizes, tile), tile, place.row);
     each_unit([&](int i, int unit) {
       if (first + unit >= p.sizes.hidden) return;
       const HiddenUnit own_unit(p, p.theta_scale, p.phi_scale, first + unit);
