@@ -69,7 +69,16 @@ def test_maps_and_weights_stay_where_they_fit(channels, length, channels_last):
         plan = ask(task, H200, **query)
         check_limits(plan, H200, query)
         assert plan["whole"] == (channels <= 128)
-        assert plan["passes"] == 1
+
+
+@pytest.mark.parametrize(("channels", "length"), SKIPS[2:])
+def test_chunks_read_little_from_l2(channels, length):
+    """A tile reads both weights in two parts, a pass both maps: 512 channels took 34 KB a position in one pass of 32."""
+    query = {"batch": 16, "channels": channels, "hidden": channels // 2, "length": length}
+    plan = ask("forward", H200, dtype_bytes=2, **query)
+    weights = 2 * 2 * channels * channels // 2 * 2 / plan["tile"]
+    assert weights + plan["passes"] * 2 * channels * 2 <= 16 * KB
+    assert plan["blocks"] >= 100, "all passes of a tile are one block's"
 
 
 @pytest.mark.parametrize("channels_last", [0, 1], ids=["first", "last"])

@@ -1,6 +1,7 @@
 #include "ops/attention_gate/plan.h"
 
 #include <algorithm>
+#include <optional>
 #include <string>
 
 #include "core/plan_registry.h"
@@ -81,11 +82,11 @@ void choose_hidden(const Problem& p, Plan& plan, int tile, int warps = kMostThre
   plan.hidden = static_cast<int>(multiple_of(divide_up(all, plan.passes), kWarpTile));
 }
 
-// Positions that leave no tile mostly empty, nor most of the device without one.
+// Positions that leave no tile mostly empty, nor more than a quarter of the device without one.
 int most_positions(const Problem& p, const cuda::DeviceProperties& device) {
   const int64_t length = volume_of(p.sizes.grid);
   int tile = kMostTile;
-  while (tile > kWarpTile && (tile / 2 >= length || p.sizes.batch * divide_up(length, tile) < device.sm_count))
+  while (tile > kWarpTile && (tile / 2 >= length || 4 * p.sizes.batch * divide_up(length, tile) < 3 * device.sm_count))
     tile /= 2;
   return tile;
 }
@@ -106,8 +107,24 @@ void choose_fused(const Problem& p, Plan& plan, int64_t limit, int longest, cons
   }
 }
 
+// The longest chunk that fits; tells whether one does.
+bool choose_chunk(const Problem& p, Plan& plan, int tile, int warps, int64_t limit, const Force& force) {
+  choose_hidden(p, plan, tile, warps);
+  for (int chunk = force.chunk ? force.chunk : kMostChunk; chunk >= kWarpTile; chunk /= 2) {
+    plan.chunk = chunk;
+    if (lay_out(p, plan) <= limit) return true;
+  }
+  return false;
+}
+
+// Terms that a position costs in chunks: a tile reads all weights, a pass the maps again.
+double terms_read(const Problem& p, const Plan& plan) {
+  const double parts = p.dtype_bytes == 2 ? 2 : 1;
+  return plan.passes * (1 + parts * plan.hidden / plan.tile);
+}
+
 // Whole maps and weights where they fit: the longest tile that lets two blocks share an SM, or that fits at all. Else
-// chunks, of the most terms that fit.
+// chunks, of the tile that reads least from L2.
 void choose_tile(const Problem& p, Plan& plan, const cuda::DeviceProperties& device, const Force& force) {
   const int64_t whole = device.shared_bytes_per_block;
   const int64_t half = std::min<int64_t>(whole, device.shared_bytes_per_sm / 2 - 1024);
@@ -121,16 +138,16 @@ void choose_tile(const Problem& p, Plan& plan, const cuda::DeviceProperties& dev
       if (plan.passes == 1 && lay_out(p, plan) <= limit) return;
     }
   plan.whole = false;
-  for (int warps = kWarps; warps > 0; warps /= 2)
-    for (int tile = longest; tile >= least; tile /= 2) {
-      if (tile > warps * kWarpTile) continue;
-      choose_hidden(p, plan, tile, warps);
-      if (plan.passes > 1 && tile > least) continue;  // a pass reads the maps again
-      for (int chunk = force.chunk ? force.chunk : kMostChunk; chunk >= kWarpTile; chunk /= 2) {
-        plan.chunk = chunk;
-        if (lay_out(p, plan) <= whole) return;
-      }
-    }
+  for (int warps = kWarps; warps > 0; warps /= 2) {
+    std::optional<Plan> best;
+    for (int tile = longest; tile >= least; tile /= 2)
+      if (tile <= warps * kWarpTile && choose_chunk(p, plan, tile, warps, whole, force) &&
+          (!best || terms_read(p, plan) < terms_read(p, *best)))
+        best = plan;
+    if (!best) continue;
+    plan = *best;
+    return;
+  }
 }
 
 }  // namespace
@@ -152,9 +169,9 @@ Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const For
   const int64_t fitting = kChunkBytes / (plan.tile * pitch * p.dtype_bytes) / sample * sample;
   plan.chunk_units =
       std::min(std::max(force.chunk_units ? multiple_of(force.chunk_units, sample) : fitting, sample), all);
-  const int64_t range = p.task == Task::backward ? plan.chunk_units : all;
-  plan.blocks =
-      std::min<int64_t>(range, std::max<int64_t>(1, int64_t{device.sm_count} * plan.blocks_per_sm / plan.passes));
+  const int64_t range = p.task == Task::backward && !plan.fused ? plan.chunk_units : all;
+  const int64_t passes = p.task == Task::forward ? 1 : plan.passes;  // a block of forward takes all of them
+  plan.blocks = std::min<int64_t>(range, std::max<int64_t>(1, int64_t{device.sm_count} * plan.blocks_per_sm / passes));
   plan.slots = plan.blocks * (plan.tile / kWarpTile);
   plan.rows = pitch % 128 == 0 ? 128 : pitch % 64 == 0 ? 64 : 32;
   const Widths widths = widths_of(p);
