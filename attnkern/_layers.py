@@ -1,4 +1,4 @@
-"""Reads stock layers at a call."""
+"""Reads stock layers at a call, and says whether reading them is enough."""
 
 from __future__ import annotations
 
@@ -13,3 +13,34 @@ def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
     if "weight" in parameters and "bias" in parameters:
         return parameters["weight"], parameters["bias"]
     return layer.weight, layer.bias
+
+
+def hooked(module: Any) -> bool:
+    """Hooks also stand for weight_norm, spectral_norm and pruning, where these are no parametrizations."""
+    attributes = module.__dict__
+    return bool(
+        attributes["_forward_hooks"]
+        or attributes["_forward_pre_hooks"]
+        or attributes["_backward_hooks"]
+        or attributes["_backward_pre_hooks"]
+    )
+
+
+def plain(module: Any, classes: tuple[type, ...]) -> bool:
+    """Whether a call of ``module`` computes what one of ``classes`` does from its parameters, and nothing else."""
+    cls = type(module)
+    if cls not in classes and (
+        cls.__base__ not in classes or "parametrizations" not in module._modules
+    ):
+        return False
+    return not hooked(module) and "forward" not in module.__dict__
+
+
+def whole_patches(conv: Any) -> bool:
+    """A convolution whose stride is its kernel."""
+    return (
+        conv.kernel_size == conv.stride
+        and conv.groups == 1
+        and (conv.padding == "valid" or not any(conv.padding))
+        and max(conv.dilation) == 1
+    )

@@ -9,6 +9,7 @@ import pytest
 import torch
 from gate_blocks import close, gradients, monai, settle
 from torch import nn
+from torch.nn.utils import parametrizations, prune
 
 import attnkern
 from attnkern.functional import BatchNorm, attention_gate
@@ -187,6 +188,109 @@ def test_the_function_is_called_with_the_modules_parameters():
     torch.testing.assert_close(gate(x, g), attention_gate(x, g, *weights), rtol=0, atol=0)
 
 
+# ------------------------------------------------------------------ altered layers
+
+
+class Adapted(nn.Conv2d):
+    """A convolution with more than its parameters say, as LoRA's."""
+
+    def forward(self, x):
+        return super().forward(x) + x.mean(1, keepdim=True)
+
+
+def shifted(norm):
+    norm.register_forward_hook(lambda module, given, result: result + 1)
+
+
+def replaced(name, layer):
+    return lambda gate: setattr(gate, name, layer())
+
+
+ALTERED = {
+    "hook": lambda gate: shifted(gate.theta_norm),
+    "hooked out": lambda gate: shifted(gate.W),
+    "hooked end of out": lambda gate: shifted(gate.W[1]),
+    "class": replaced("phi", lambda: Adapted(8, 3, 1)),
+    "norm": replaced("theta_norm", lambda: nn.InstanceNorm2d(3)),
+    "norm without statistics": replaced("psi_norm", lambda: nn.GroupNorm(1, 1)),
+    "out": replaced("W", nn.Identity),
+    "3x3": replaced("theta", lambda: nn.Conv2d(6, 3, 3, padding=1)),
+    "dilated": replaced("theta", lambda: nn.Conv2d(6, 3, 1, padding=1, dilation=2)),
+    "strided": replaced("theta", lambda: nn.Conv2d(6, 3, 2, stride=1)),
+    "own forward": lambda gate: setattr(gate.psi, "forward", lambda h: h.sum(1, keepdim=True)),
+}
+
+
+@pytest.fixture
+def said(monkeypatch):
+    """Of warnings, each once."""
+    texts = []
+    monkeypatch.setattr(gate_module, "_said", set())
+    monkeypatch.setattr(gate_module.warnings, "warn", lambda text, **_: texts.append(text))
+    return texts
+
+
+@pytest.mark.parametrize("alter", ALTERED.values(), ids=ALTERED)
+def test_altered_layers_are_called_and_it_is_said_once(alter, said):
+    gate = settle(AttentionGate(6, 8, norm=True, out=True, upsample="bilinear")).double()
+    given = maps(2)
+    before = gate.eval()(*given)
+    assert not said
+    alter(gate)
+    gate.double()
+    for train in (False, True):
+        twin = copy.deepcopy(gate.train(train))
+        if "forward" in vars(gate.psi):
+            twin.psi.forward = gate.psi.forward
+        got = gate(*given)
+        assert torch.equal(got, twin._by_layers(*given))
+        assert train or not torch.allclose(got, before)
+    assert len(said) == 1
+    assert said[0].startswith("AttentionGate is computed layer by layer: its ")
+
+
+@pytest.mark.filterwarnings("ignore:.*(weight_norm|layer by layer)")
+@pytest.mark.parametrize("hook", ["weight_norm", "spectral_norm", "prune"])
+def test_weights_that_hooks_compute_are_trained(hook):
+    """Their attribute is what the last call of the layer's hook left."""
+    gate = settle(AttentionGate(6, 8)).double()
+    if hook == "prune":
+        prune.l1_unstructured(gate.theta, "weight", 0.5)
+    else:
+        getattr(nn.utils, hook)(gate.theta)
+    given, optimizer = maps(2), torch.optim.SGD(gate.parameters(), 0.1)
+    before = gate(*given).detach()
+    for _ in range(2):
+        optimizer.zero_grad()
+        gate(*given).square().sum().backward()
+        optimizer.step()
+    assert not torch.allclose(gate(*given), before)
+    torch.testing.assert_close(gate.eval()(*given), gate._by_layers(*given))
+
+
+def test_parametrized_layers_are_inlined(monkeypatch):
+    monkeypatch.setattr(AttentionGate, "_by_layers", None)
+    gate = settle(AttentionGate(6, 8)).double()
+    x, g = maps(2)
+    before = gate(x, g)
+    parametrizations.weight_norm(gate.theta)
+    gate.theta.parametrizations.weight.original0.data.mul_(2)
+    weight = gate.theta.weight.detach()
+    after = gate(x, g)
+    assert not torch.allclose(after, before)
+    plain = settle(AttentionGate(6, 8)).double()
+    plain.theta.weight.data.copy_(weight)
+    torch.testing.assert_close(after, plain(x, g))
+
+
+def test_altered_grids_that_do_not_meet_are_named(said):
+    gate = AttentionGate(6, 8)
+    gate.theta = nn.Conv2d(6, 3, 3)
+    with pytest.raises(ValueError, match="AttentionGate: upsample must be given, got maps on"):
+        gate(*(t.float() for t in maps(2)))
+    assert said == ["AttentionGate is computed layer by layer: its theta was altered"]
+
+
 # ------------------------------------------------------------------ copies and dtypes
 
 GATES = {
@@ -258,6 +362,9 @@ def test_repr_names_sizes_and_options():
         ({"kernel": (2, 2, 2)}, "kernel must be an int or 2 of them"),
         ({"kernel": 0}, "kernel must be an int of at least 1, got 0"),
         ({"hidden": 0}, "hidden must be an int of at least 1, got 0"),
+        ({"hidden": True}, "hidden must be an int of at least 1, got True"),
+        ({"kernel": None}, "kernel must be an int of at least 1, got None"),
+        ({"spatial_dims": 2.0}, "spatial_dims must be 1, 2 or 3, got 2.0"),
         ({"gating_channels": 1.5}, "gating_channels must be an int of at least 1, got 1.5"),
         ({"act": "gelu"}, "act must be one of relu, leaky_relu, softplus, got 'gelu'"),
         ({"gate": "tanh"}, "gate must be one of sigmoid, softmax"),

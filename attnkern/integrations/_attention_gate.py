@@ -15,7 +15,7 @@ from torch import Tensor, nn
 
 from attnkern import _activations, _autocast
 from attnkern._activations import qualified_name
-from attnkern._layers import weight_and_bias
+from attnkern._layers import weight_and_bias, whole_patches
 from attnkern.integrations._children import altered, inlinable, refuse_child, say_once
 from attnkern.ops.attention_gate.module import batch_norm, gated, synchronised
 from attnkern.ops.attention_gate.reference import ACTS
@@ -76,13 +76,9 @@ def _refuse_conv(role: str, conv: Any) -> str | None:
         return f"its {role} is a {qualified_name(type(conv))}"
     if reason := altered(conv):
         return f"its {role} {reason}"
-    plain = (
-        conv.kernel_size == conv.stride
-        and conv.groups == 1
-        and (conv.padding == "valid" or not any(conv.padding))
-        and set(conv.dilation) == {1}
-    )
-    return None if plain else f"its {role} is not a plain convolution of whole patches: {conv}"
+    if whole_patches(conv):
+        return None
+    return f"its {role} is not a plain convolution of whole patches: {conv}"
 
 
 def _refuse_norm(role: str, norm: Any, conv: Any) -> str | None:

@@ -10,17 +10,13 @@ import torch.nn.modules.module as _module
 from torch import nn
 
 from attnkern._activations import qualified_name
+from attnkern._layers import hooked
 from attnkern.integrations import is_rerouted
 
 
 def altered(module: nn.Module) -> str | None:
     """What of ``module`` would not run if its computation were inlined; None when nothing."""
-    if (
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-    ):
+    if hooked(module):
         return "has hooks"
     if "forward" in module.__dict__ and not is_rerouted(module):
         return "has a replaced forward"

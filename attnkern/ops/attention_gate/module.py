@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -12,7 +13,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function
 
 from attnkern import _checks
-from attnkern._layers import weight_and_bias
+from attnkern._layers import plain, weight_and_bias, whole_patches
 from attnkern._select import IMPLS
 from attnkern.ops.attention_gate.checks import GATES, UPSAMPLINGS
 from attnkern.ops.attention_gate.functions import attention_gate
@@ -49,6 +50,15 @@ def synchronised(norm: Any, x: Tensor) -> bool:
     )
 
 
+_said: set[str] = set()
+
+
+def _say_once(text: str) -> None:
+    if text not in _said and not torch.compiler.is_compiling():
+        _said.add(text)
+        warnings.warn(text, stacklevel=6)
+
+
 def gated(x: Tensor, g: Tensor, **arguments: Any) -> Any:
     """`attention_gate` of plain maps; a subclass, as MONAI's MetaTensor, wraps what comes out."""
     if _wraps(x) or _wraps(g):
@@ -74,6 +84,9 @@ _LAYERS: dict[int, Any] = {
     2: (nn.Conv2d, nn.BatchNorm2d),
     3: (nn.Conv3d, nn.BatchNorm3d),
 }
+_CONVOLUTIONS = tuple(conv for conv, _ in _LAYERS.values())
+_NORMS = (*(norm for _, norm in _LAYERS.values()), nn.SyncBatchNorm)
+_NORM_NAMES = ("theta_norm", "phi_norm", "psi_norm", "W.1")
 
 
 class AttentionGate(nn.Module):
@@ -108,8 +121,9 @@ class AttentionGate(nn.Module):
         theta_bias, phi_bias: whether theta and phi have one.
         spatial_dims: 1 to 3.
 
-    A ``nn.SyncBatchNorm`` in place of a norm shares its statistics over ranks in training: the gate
-    is then computed by its layers, one by one.
+    The gate is computed by its layers, one by one, where a layer is more than its parameters: with
+    hooks (those of ``weight_norm`` and pruning too), of another class (LoRA, ``nn.GroupNorm``), or as
+    a ``nn.SyncBatchNorm`` that shares its statistics over ranks.
 
     Source: Oktay et al., Attention U-Net, arXiv:1804.03999.
 
@@ -143,16 +157,16 @@ class AttentionGate(nn.Module):
     ):
         super().__init__()
         name = type(self).__name__
-        if spatial_dims not in (1, 2, 3):
+        if not isinstance(spatial_dims, int) or spatial_dims not in (1, 2, 3):
             _checks.fail(name, "spatial_dims", "be 1, 2 or 3", spatial_dims)
-        kernel = (kernel,) * spatial_dims if isinstance(kernel, int) else tuple(kernel)
+        kernel = tuple(kernel) if isinstance(kernel, Sequence) else (kernel,) * spatial_dims
         if len(kernel) != spatial_dims:
             _checks.fail(name, "kernel", f"be an int or {spatial_dims} of them", kernel)
         gating_channels = channels if gating_channels is None else gating_channels
         hidden = max(channels // 2, 1) if hidden is None else hidden
         self.sizes = {"channels": channels, "gating_channels": gating_channels, "hidden": hidden}
         for argument, size in (*self.sizes.items(), *(("kernel", k) for k in kernel)):
-            if not isinstance(size, int) or size < 1:
+            if not isinstance(size, int) or isinstance(size, bool) or size < 1:
                 _checks.fail(name, argument, "be an int of at least 1", size)
         for argument, value, choices in (
             ("act", act, ACTS),
@@ -190,15 +204,33 @@ class AttentionGate(nn.Module):
         self.register_load_state_dict_pre_hook(_from_other_blocks)
 
     def forward(self, x: Tensor, g: Tensor) -> Any:
-        return (
-            self._by_layers(x, g)
-            if any(synchronised(norm, x) for norm in self._norms())
-            else gated(x, g, **self._arguments())
-        )
+        return gated(x, g, **self._arguments()) if self._inlinable(x) else self._by_layers(x, g)
+
+    def _inlinable(self, x: Tensor) -> bool:
+        if layer := self._altered():
+            _say_once(f"{type(self).__name__} is computed layer by layer: its {layer} was altered")
+            return False
+        return not any(synchronised(norm, x) for norm in self._norms())
+
+    def _altered(self) -> str | None:
+        """The layer whose parameters and statistics do not say what it computes."""
+        m: Any = self._modules
+        convs = [(name, m[name]) for name in ("theta", "phi", "psi")]
+        if (out := m.get("W")) is not None:
+            if not plain(out, (nn.Sequential,)) or [*out._modules] != ["0", "1"]:
+                return "W"
+            convs.append(("W.0", out._modules["0"]))
+        for name, conv in convs:
+            if not plain(conv, _CONVOLUTIONS) or not whole_patches(conv):
+                return name
+        for name, norm in zip(_NORM_NAMES, self._norms(), strict=False):
+            if norm is not None and not plain(norm, _NORMS):
+                return name
+        return None
 
     def _norms(self) -> list[Any]:
         m: Any = self._modules
-        norms = [m.get("theta_norm"), m.get("phi_norm"), m.get("psi_norm")]
+        norms = [m.get(name) for name in _NORM_NAMES[:3]]
         return norms if m.get("W") is None else [*norms, m["W"][1]]
 
     def _arguments(self) -> dict[str, Any]:
@@ -226,6 +258,9 @@ class AttentionGate(nn.Module):
         def to_grid(t: Tensor, grid: torch.Size) -> Tensor:
             if t.shape[2:] == grid:
                 return t
+            if o["upsample"] is None:
+                given = f"maps on {list(t.shape[2:])} and {list(grid)}"
+                _checks.fail(type(self).__name__, "upsample", "be given", given)
             return F.interpolate(t, grid, mode=o["upsample"], align_corners=corners)
 
         t = normed(self.theta(x), self.theta_norm)
