@@ -61,6 +61,26 @@ def test_taps_are_those_of_interpolate(mode, align_corners):
         assert index.max() < size
 
 
+def test_infinity_in_a_map_at_nearest_positions_spreads_as_eagers_does(target):
+    """Both taps are one position: 0 times its infinity has no part in the sum."""
+    x, g = torch.randn(1, 3, 9), torch.randn(1, 3, 4)
+    weights = {
+        "theta_weight": torch.randn(16, 3),
+        "phi_weight": torch.rand(16, 3),
+        "psi_weight": torch.rand(1, 16),
+    }
+    g[0, 1, 0] = float("inf")
+    maps = {k: t.to(target.device) for k, t in {"x": x, "g": g, **weights}.items()}
+    want, got = (
+        run(f, maps, {"upsample": "nearest", **options})
+        for f, options in ((cases.eager, {}), (cases.call, {"impl": target.impl}))
+    )
+    assert want.outputs[0].isfinite().all()
+    for (name, a), (_, b) in zip(got.items(), want.items(), strict=True):
+        assert torch.equal(a.isfinite(), b.isfinite()), name
+        assert torch.equal(a.isnan(), b.isnan()), name
+
+
 def test_resampling_and_its_adjoint_agree():
     i = reference.Inputs(
         *(torch.empty(1, 1, 6, 4, 9), torch.randn(2, 3, 2, 5, 4, dtype=torch.float64)),

@@ -18,7 +18,7 @@ over the batch are, and backward keeps theta and phi as they were and returns th
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
 import torch
@@ -128,33 +128,39 @@ def unpatch(p: Tensor, x: Tensor, o: Options) -> Tensor:
     return F.pad(p, (0, left[2], 0, left[1], 0, left[0]))
 
 
-def resample(p: Tensor, i: Inputs, grid: tuple[int, ...]) -> Tensor:
-    """p [B, F, ...] on the logits' grid."""
+def _dims(i: Inputs, grid: tuple[int, ...]) -> Iterator[tuple[int, Tensor, Tensor, Tensor]]:
+    """Of each dim: the taps and their weights, [Q, 2], and where both taps are one, shaped to stand beside p.
+
+    One that is met twice has the whole weight: the other's 0 times infinity would be NaN.
+    """
     assert i.taps is not None
     assert i.tap_weights is not None
     start = 0
     for dim, size in enumerate(grid, 2):
         taps, weights = i.taps[start : start + size], i.tap_weights[start : start + size]
-        shape = [-1 if d == dim else 1 for d in range(5)]
-        below, above = (p.index_select(dim, taps[:, t]) * weights[:, t].view(shape) for t in (0, 1))
-        p = below + above
+        one = taps[:, :1] == taps[:, 1:]
+        weights = torch.where(one, torch.stack([weights.sum(1), 0 * weights[:, 1]], 1), weights)
+        yield dim, taps, weights, one.view([-1 if d == dim else 1 for d in range(5)])
         start += size
+
+
+def resample(p: Tensor, i: Inputs, grid: tuple[int, ...]) -> Tensor:
+    """p [B, F, ...] on the logits' grid."""
+    for dim, taps, weights, one in _dims(i, grid):
+        below, above = (
+            p.index_select(dim, taps[:, t]) * weights[:, t].view(one.shape) for t in (0, 1)
+        )
+        p = torch.where(one, below, below + above)
     return p
 
 
 def resample_adjoint(dp: Tensor, i: Inputs, grid: tuple[int, ...]) -> Tensor:
     """The adjoint of `resample`: [B, F, Q1, Q2, Q3] -> g's grid."""
-    assert i.taps is not None
-    assert i.tap_weights is not None
-    start = 0
-    for dim, size in enumerate(grid, 2):
-        taps, weights = i.taps[start : start + size], i.tap_weights[start : start + size]
-        shape = [-1 if d == dim else 1 for d in range(5)]
-        sizes = [*dp.shape[:dim], i.g.shape[dim], *dp.shape[dim + 1 :]]
-        total = dp.new_zeros(sizes)
-        for t in (0, 1):
-            total = total.index_add(dim, taps[:, t], dp * weights[:, t].view(shape))
-        dp, start = total, start + size
+    for dim, taps, weights, one in _dims(i, grid):
+        total = dp.new_zeros([*dp.shape[:dim], i.g.shape[dim], *dp.shape[dim + 1 :]])
+        below, above = (dp * weights[:, t].view(one.shape) for t in (0, 1))
+        total = total.index_add(dim, taps[:, 0], below)
+        dp = total.index_add(dim, taps[:, 1], torch.where(one, 0.0, above))
     return dp
 
 
