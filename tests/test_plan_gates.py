@@ -73,7 +73,7 @@ def test_maps_and_weights_stay_where_they_fit(channels, length, channels_last):
 
 @pytest.mark.parametrize(("channels", "length"), SKIPS[2:])
 def test_chunks_read_little_from_l2(channels, length):
-    """A tile reads both weights in two parts, a pass both maps: 512 channels took 34 KB a position in one pass of 32."""
+    """A tile reads both weights in two parts, a pass both maps: 512 channels took 34 KB a position, 32 a pass."""
     query = {"batch": 16, "channels": channels, "hidden": channels // 2, "length": length}
     plan = ask("forward", H200, dtype_bytes=2, **query)
     weights = 2 * 2 * channels * channels // 2 * 2 / plan["tile"]
