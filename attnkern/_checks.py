@@ -78,11 +78,11 @@ def shape(
     A size is a number, a number with its name (("C", 8), shown as C=8), or the name of any number
     but 0; ``note`` ends what is expected.
     """
-    given, trailing = value.shape[: len(sizes)], value.shape[len(sizes) :]
-    fits = len(given) == len(sizes) and math.prod(trailing) == 1
+    given, count = value.shape, len(sizes)
+    fits = len(given) == count or (len(given) > count and math.prod(given[count:]) == 1)
     for size, wanted in zip(given, sizes, strict=False):
-        count = wanted[1] if isinstance(wanted, tuple) else wanted
-        fits = fits and (size > 0 if isinstance(count, str) else size == count)
+        wanted = wanted[1] if isinstance(wanted, tuple) else wanted
+        fits = fits and (size > 0 if isinstance(wanted, str) else size == wanted)
     if not fits:
         shown = (f"{s[0]}={s[1]}" if isinstance(s, tuple) else str(s) for s in sizes)
         fail(op, argument, f"have shape [{', '.join(shown)}]{note}", list(value.shape))

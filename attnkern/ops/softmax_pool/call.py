@@ -43,7 +43,8 @@ def run(
     Where every head reads whole items (one head of values, H heads of queries) heads are queries.
     """
     checks.check_options(op, act, common.temperature)
-    ragged = common.offsets is not None
+    offsets = common.offsets
+    ragged = offsets is not None
     bias = checks.logit_bias(op, common.mask, common.bias, i.values, rows, ragged)
     heads = rows[1]
     shared = heads > i.values.shape[1]
@@ -51,8 +52,8 @@ def run(
         i = i._replace(query=_heads_as_queries(i.query), c=_heads_as_queries(i.c))
         if bias is not None and bias.shape[1:3] != (1, 1):
             bias = _heads_as_queries(bias.expand(-1, *rows[1:], -1))
-    offsets = None if common.offsets is None else common.offsets.contiguous()
-    i = i._replace(bias=bias, offsets=offsets)
+    if offsets is not None or bias is not None:
+        i = i._replace(bias=bias, offsets=None if offsets is None else offsets.contiguous())
     o = Options(scorer, act, 1.0 / common.temperature)
     want_scores = common.return_weights or common.return_scores
     z, lse, e = pool(op, common.impl, i, o, want_scores)
