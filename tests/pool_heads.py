@@ -71,6 +71,8 @@ HEADS = {
     "clam plain": (lambda: copied.CLAM(gate=False), (40, 24)),
     "clam gated": (lambda: copied.CLAM(dropout=0.1), (40, 24)),
     "clam branches": (lambda: copied.CLAM(n_classes=3), (40, 24)),
+    "clam bags": (lambda: copied.Slide(copied.CLAM_SB(dropout=0.1)), (40, 24)),
+    "clam bags of branches": (lambda: copied.Slide(copied.CLAM_MB(gate=False)), (40, 24)),
     "torchmil": (lambda: copied.AttentionPool(act="gelu"), (3, 9, 24)),
     "torchmil gated": (lambda: copied.AttentionPool(gated=True), (3, 9, 24)),
     "monai": (lambda: mil("att"), (3, 9, 2, 3, 4)),

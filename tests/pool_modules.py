@@ -117,6 +117,92 @@ class CLAM(nn.Module):
         return self.classifiers(torch.mm(F.softmax(A, dim=1), h)), A
 
 
+def clam_forward(bag_logits):
+    """The forward of CLAM_SB and CLAM_MB, which differ in how a bag's [K, D] becomes its logits."""
+
+    def forward(
+        self, h, label=None, instance_eval=False, return_features=False, attention_only=False
+    ):
+        A, h = self.attention_net(h)
+        A = torch.transpose(A, 1, 0)
+        if attention_only:
+            return A
+        raw, A, results = A, F.softmax(A, dim=1), {}
+        if instance_eval:
+            loss, preds, targets = 0.0, [], []
+            own = F.one_hot(label, num_classes=self.n_classes).squeeze()
+            for i in range(len(self.instance_classifiers)):
+                inside = own[i].item() == 1
+                if inside or self.subtyping:
+                    found = self.inst_eval(A[i % len(A)], h, self.instance_classifiers[i], inside)
+                    loss = loss + found[0]
+                    preds.extend(found[1].cpu().numpy())
+                    targets.extend(found[2].cpu().numpy())
+            results = {"instance_loss": loss, "inst_preds": preds, "inst_labels": targets}
+        M = torch.mm(A, h)
+        logits = bag_logits(self, M)
+        best, probabilities = torch.topk(logits, 1, dim=1)[1], F.softmax(logits, dim=1)
+        if return_features:
+            results.update({"features": M})
+        return logits, probabilities, best, raw, results
+
+    return forward
+
+
+def bag_logits_by_branch(self, M):
+    logits = torch.empty(1, self.n_classes).float().to(M.device)
+    for c in range(self.n_classes):
+        logits[0, c] = self.classifiers[c](M[c])
+    return logits
+
+
+class CLAM_SB(nn.Module):
+    """CLAM's classifier of bags with one row of attention, and its clustering of instances."""
+
+    def __init__(self, gate=True, dropout=0.0, branches=1, n_classes=3, subtyping=False, width=32):
+        super().__init__()
+        net = (Attn_Net_Gated if gate else Attn_Net)(width, 16, dropout, branches)
+        layers = nn.Linear(24, width), nn.ReLU(), nn.Dropout(dropout), net
+        self.attention_net = nn.Sequential(*layers)
+        self.classifiers = nn.Linear(width, n_classes)
+        pairs = (nn.Linear(width, 2) for _ in range(n_classes))
+        self.instance_classifiers = nn.ModuleList(pairs)
+        self.instance_loss_fn = nn.CrossEntropyLoss()
+        self.k_sample, self.n_classes, self.subtyping = 4, n_classes, subtyping
+
+    def inst_eval(self, A, h, classifier, inside):
+        """The most attended are evidence of the bag's class, of others they and the least are not."""
+        ids = A.topk(self.k_sample)[1]
+        ids = torch.cat([ids, (-A).topk(self.k_sample)[1]]) if inside else ids
+        targets = (torch.arange(len(ids), device=h.device) < self.k_sample * inside).long()
+        logits = classifier(h[ids])
+        return self.instance_loss_fn(logits, targets), logits.argmax(1), targets
+
+    forward = clam_forward(lambda self, M: self.classifiers(M))
+
+
+class CLAM_MB(CLAM_SB):
+    """A row of attention and a classifier for each class."""
+
+    def __init__(self, n_classes=3, width=32, **options):
+        super().__init__(branches=n_classes, n_classes=n_classes, width=width, **options)
+        self.classifiers = nn.ModuleList(nn.Linear(width, 1) for _ in range(n_classes))
+
+    forward = clam_forward(bag_logits_by_branch)
+
+
+class Slide(nn.Module):
+    """What training differentiates of a CLAM classifier: logits, raw scores and features."""
+
+    def __init__(self, clam):
+        super().__init__()
+        self.clam = clam
+
+    def forward(self, h):
+        logits, _, _, raw, results = self.clam(h, return_features=True)
+        return logits, raw, results["features"]
+
+
 class Attention(nn.Module):
     """Show, Attend and Tell's attention: the keys are projected at every call."""
 

@@ -139,7 +139,7 @@ def test_dry_run_optimize_twice_and_restore(name, served):
     want = gradients(model, x)
     dry = attnkern.optimize(model, impl="reference", dry_run=True)
     assert traces(model) == before
-    assert len(dry.replaced) == 1
+    assert len(dry.replaced) == 1 + name.startswith("clam bags")  # and the scorer in it
     assert not dry.skipped
     first_report = attnkern.optimize(model, impl="reference")
     assert first_report == dry
@@ -183,7 +183,7 @@ def test_copies_are_optimized_and_use_their_own_parameters(name, served):
 
 TRACED = (
     *("latent", "normalised keys", "pool2d", "rotary", "global context", "clip"),
-    *("clam gated", "torchmil gated", "monai", "captioning"),
+    *("clam gated", "clam bags", "torchmil gated", "monai", "captioning"),
 )
 
 
@@ -211,6 +211,7 @@ CHILDREN = {
     "rotary": "qkv",
     "global context": "conv_attn",
     "clam gated": "attention_net.3.attention_b.1",
+    "clam bags": "clam.attention_net.3.attention_a",
     "torchmil gated": "act_gated",
     "monai": "attention.1",
     "captioning": "attention.softmax",
@@ -307,6 +308,45 @@ def test_active_dropout_leaves_the_original_forward_in_charge(gate, served):
     assert all(torch.equal(a, b) for a, b in zip(got, want, strict=True))
     close(gradients(optimized.eval(), x), gradients(model.eval(), x))
     assert served
+
+
+@pytest.mark.parametrize("subtyping", [False, True])
+@pytest.mark.parametrize("cls", [copied.CLAM_SB, copied.CLAM_MB])
+def test_clam_clusters_instances_and_gives_heat_maps_as_before(cls, subtyping):
+    """By its own forward, around the scorer that is served; otherwise all at once."""
+    torch.manual_seed(0)
+    model, x, label = cls(subtyping=subtyping), torch.randn(40, 24), torch.tensor([1])
+    optimized = copy.deepcopy(model)
+    report = attnkern.optimize(optimized, impl="reference")
+    assert [(row.name, row.op) for row in report.replaced] == [
+        ("(model)", "gated_attention_pool"),
+        ("attention_net.3", "gated_attention_pool(scores)"),
+    ]
+    assert "with instance_eval, attention_only or active dropout" in report.replaced[0].reason
+    calls = (
+        *({}, {"return_features": True}, {"attention_only": True}),
+        {"label": label, "instance_eval": True, "return_features": True},
+    )
+    for call in calls:
+        *want, results = testing.as_tuple(model(x, **call))
+        *got, theirs = testing.as_tuple(optimized(x, **call))
+        if call == {"attention_only": True}:
+            want, got, results, theirs = [results], [theirs], {}, {}
+        close(got, want)
+        assert theirs.keys() == results.keys()
+        for key, value in results.items():
+            torch.testing.assert_close(theirs[key], value)
+    close(
+        training_step(optimized, x, label, *optimized.parameters()),
+        training_step(model, x, label, *model.parameters()),
+    )
+
+
+def training_step(model, x, label, *parameters):
+    """CLAM's loss of bag and instances, and its gradients."""
+    logits, *_, results = model(x, label, instance_eval=True)
+    loss = 0.7 * nn.functional.cross_entropy(logits, label) + 0.3 * results["instance_loss"]
+    return [loss, *torch.autograd.grad(loss, parameters, materialize_grads=True, allow_unused=True)]
 
 
 def test_clam_scores_keep_their_layout_and_the_input():

@@ -57,6 +57,17 @@ class ScoresAlone(nn.Module):
         return self.attention_c(self.attention_a(x) * self.attention_b(x))
 
 
+class Weighted(copied.CLAM_SB):
+    """A copy whose forward looks like CLAM's and is not."""
+
+    forward = copied.clam_forward(lambda self, M: self.classifiers(M + M))
+
+
+class MoreArguments(copied.CLAM_SB):
+    def forward(self, h, label=None, instance_eval=False, coords=None):
+        return copied.CLAM_SB.forward(self, h, label, instance_eval)
+
+
 def hooked(model, child):
     model.get_submodule(child).register_forward_hook(lambda *_: None)
     return model
@@ -103,6 +114,25 @@ REFUSED = {
     ),
     "replaced head": (lambda: swapped(mil("att"), "calc_head", torch.relu), "calc_head"),
 }
+
+
+BAGS = {
+    "other logits": (Weighted, "gives other results than CLAM's CLAM_SB or CLAM_MB"),
+    "other arguments": (MoreArguments, "MoreArguments has its own forward"),
+    "hooked scorer": (lambda: hooked(copied.CLAM_SB(), "attention_net.3"), "its scorer has hooks"),
+    "hooked layers": (
+        lambda: hooked(copied.CLAM_SB(), "attention_net"),
+        "its attention_net has hooks",
+    ),
+}
+
+
+@pytest.mark.parametrize(("make", "reason"), BAGS.values(), ids=BAGS)
+def test_of_a_clam_that_is_not_served_whole_the_scorer_is(make, reason):
+    report = attnkern.optimize(nn.ModuleList([make()]), impl="reference")
+    assert [row.name for row in report.replaced] == ["0.attention_net.3"]
+    (row,) = report.skipped
+    assert (row.name, reason in row.reason) == ("0", True), row.reason
 
 
 @pytest.mark.parametrize(("make", "reason"), REFUSED.values(), ids=REFUSED)

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
+from torch import nn
 
 from attnkern._activations import qualified_name
 from attnkern.integrations._structure import agrees, refers_to
@@ -49,7 +49,7 @@ class Rule:
     part: str | None = None
     method: str = "forward"
     structure: Callable[[nn.Module], bool] | None = None
-    trial: Callable[[nn.Module], tuple[Tensor, ...]] | None = None
+    trial: Callable[[nn.Module], tuple[Any, ...]] | None = None
 
     def refuse(self, module: nn.Module) -> str | None:
         """Why ``module`` cannot be served; None when it can."""

@@ -31,12 +31,12 @@ class _Trial(nn.Module):
         super().__init__()
         self.module = module
 
-    def forward(self, method: Callable[..., Any], *inputs: Tensor) -> Any:
+    def forward(self, method: Callable[..., Any], *inputs: Any) -> Any:
         return method(self.module, *inputs)
 
 
 def agrees(
-    module: nn.Module, method: str, ours: Callable[..., Any], inputs: tuple[Tensor, ...]
+    module: nn.Module, method: str, ours: Callable[..., Any], inputs: tuple[Any, ...]
 ) -> bool:
     """Whether the method computes what ``ours`` does, in float64 with random parameters, in eval mode."""
     generator = torch.Generator().manual_seed(0)
@@ -67,11 +67,16 @@ def agrees(
     finally:
         for m, mode in modes:
             m.training = mode
+    return _same(got, want)
+
+
+def _same(got: Any, want: Any) -> bool:
     if type(got) is not type(want):
         return False
-    pairs = [*zip(got, want, strict=False)] if isinstance(got, tuple) else [(got, want)]
-    same = not isinstance(got, tuple) or len(got) == len(want)
-    return same and all(
-        isinstance(w, Tensor) and g.shape == w.shape and torch.allclose(g, w, 1e-8, 1e-10)
-        for g, w in pairs
-    )
+    if isinstance(want, tuple):
+        return len(got) == len(want) and all(map(_same, got, want))
+    if isinstance(want, dict):
+        return got.keys() == want.keys() and all(_same(got[key], want[key]) for key in want)
+    if not isinstance(want, Tensor) or got.shape != want.shape or got.dtype != want.dtype:
+        return False
+    return torch.allclose(got, want, 1e-8, 1e-10)
