@@ -116,6 +116,9 @@ def find(module: nn.Module) -> Rule | None:
         _rules.update((rule.cls, rule) for rule in _load())
     names = map(qualified_name, type(module).__mro__)
     rule = next((_rules[name] for name in names if name in _rules), None)
-    if rule or type(module).__module__.partition(".")[0] in ("torch", "attnkern"):
+    # by whose forward it is: fully_shard puts a class of its own in front of the module's
+    forward = getattr(type(module), "forward", None)
+    origin = getattr(forward, "__module__", None) or "torch"
+    if rule or origin.partition(".")[0] in ("torch", "attnkern"):
         return rule
     return next((r for r in _rules.values() if r.structure and r.structure(module)), None)

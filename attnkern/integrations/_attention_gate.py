@@ -118,7 +118,10 @@ def read(
         # a strided theta only where what comes of it is resampled
         if (role != "theta" or "upsample" not in options) and set(conv.kernel_size) != {1}:
             return f"its {role} is not a 1x1 convolution: {conv}"
-        weights[f"{role}_weight"], weights[f"{role}_bias"] = weight_and_bias(conv)
+        weight, bias = weight_and_bias(conv)
+        if weight.dim() < 3:  # outside a forward, by FSDP with use_orig_params
+            return f"its {role}'s weight is sharded; optimize before wrapping"
+        weights[f"{role}_weight"], weights[f"{role}_bias"] = weight, bias
     if len(set(map(id, norms.values()))) < len(norms):
         return "its branches share a norm"
     hidden, channels = weights["theta_weight"].shape[:2]
