@@ -123,7 +123,8 @@ def attention_gate(
         signal = _signal(g, grid, phi_weight, phi_bias, phi_norm, upsample, align_corners)
         over_psi = psi_norm if psi_norm is not None and psi_norm.over_batch else None
         folded = None if over_psi else psi_norm
-        psi = _convolution(psi_weight.reshape(1, hidden), psi_bias, folded, x)
+        row = psi_weight if psi_weight.dim() > 1 else psi_weight.unsqueeze(0)
+        psi = _convolution(row, psi_bias, folded, x)
         norms = op.Norms(theta.eps, signal.eps)
         i = Inputs(
             *(_map(x), _map(signal.g), theta.weight, signal.phi),
@@ -174,13 +175,25 @@ def _convolution(
     weight: Tensor, bias: Tensor | None, norm: BatchNorm | None, x: Tensor
 ) -> _Convolution:
     acc = accumulation_dtype(x.dtype)
-    w, b = in_dtype(weight.flatten(1), acc), in_dtype(bias, acc)
+    w, b = in_dtype(_matrix(weight), acc), in_dtype(bias, acc)
     if norm is None or not norm.over_batch:
         return _Convolution(*fold(norm, w, b), None, None)
     gamma, beta = in_dtype(norm.weight, acc), in_dtype(norm.bias, acc)
     # the mean takes the bias off again; its gradient is 0 rather than none, as DDP wants one
     nothing = None if b is None else 0.0 * b
     return _Convolution(w, _sum(nothing, beta), gamma, norm.eps)
+
+
+def _matrix(weight: Tensor) -> Tensor:
+    """[O, C, *kernel] as [O, C k1 k2 k3].
+
+    A 1x1 weight in channels_last gets its gradient in its own strides, which DDP compares exactly.
+    """
+    if weight.requires_grad and weight.dim() > 2 and weight.stride(-1) != 1:
+        last = weight.movedim(1, -1)
+        if last.shape[1:-1].numel() == 1:
+            return last.flatten(0, -2)
+    return weight.flatten(1)
 
 
 class _Signal(NamedTuple):
@@ -291,7 +304,7 @@ def _cancelled(norm: BatchNorm, bias: Tensor) -> tuple[BatchNorm, Tensor]:
 
 def _out(y: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm | None) -> Tensor:
     acc = accumulation_dtype(y.dtype)
-    w, b = fold(norm, in_dtype(weight.flatten(1), acc), in_dtype(bias, acc))
+    w, b = fold(norm, in_dtype(_matrix(weight), acc), in_dtype(bias, acc))
     over_batch = norm if norm is not None and norm.over_batch else None
     if over_batch is not None and b is not None:
         over_batch, b = _cancelled(over_batch, b)
