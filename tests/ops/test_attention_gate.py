@@ -9,6 +9,7 @@ import torch
 import torch.nn.functional as F
 from torch import nn
 
+from attnkern import _native
 from attnkern.functional import BatchNorm, attention_gate
 from attnkern.ops.attention_gate import cases, op, reference
 from attnkern.ops.attention_gate.resample import taps
@@ -210,6 +211,33 @@ def test_far_from_zero_statistics_keep_their_digits(target):
     got = call(torch.float32, target.impl)
     torch.testing.assert_close(got, rounded, rtol=2e-5, atol=0)
     torch.testing.assert_close(got, want, rtol=1e-3, atol=0)
+
+
+# ------------------------------------------------------------------ threads
+
+OURS = [
+    case
+    for case in cases.CASES
+    if not {"upsample", "gate", "out_norm"} & {*case.options} and "out_weight" not in case.shapes
+]
+"""Cases without a softmax, a resampled map or a convolution after the gate, which are torch's own."""
+
+
+@pytest.mark.skipif(not _native.available, reason="the kernels are not built")
+@pytest.mark.parametrize("case", OURS, ids=lambda c: c.name)
+def test_any_number_of_threads_gives_the_same_bits(case):
+    before, results = torch.get_num_threads(), []
+    try:
+        for threads in (1, 2, 3, 7):
+            torch.set_num_threads(threads)
+            for channels_last in (False, True):
+                tensors = case.inputs(torch.float32, channels_last=channels_last)
+                results.append(run(cases.call, tensors, case.options, impl="native"))
+    finally:
+        torch.set_num_threads(before)
+    for index, got in enumerate(results[2:]):
+        for (name, a), (_, b) in zip(got.items(), results[index % 2].items(), strict=True):
+            assert torch.equal(a, b), name
 
 
 # ------------------------------------------------------------------ alpha
