@@ -13,10 +13,14 @@ import torch
 from torch import Tensor
 
 
+# asked once: torch.compile of torch 2.11 cannot trace the question
+_DEVICES = frozenset(d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d))
+
+
 def enabled(x: Tensor) -> bool:
     """Whether autocast is on for x's device; torch refuses to be asked of one without it (meta)."""
     device = x.device.type
-    return torch.amp.is_autocast_available(device) and torch.is_autocast_enabled(device)
+    return device in _DEVICES and torch.is_autocast_enabled(device)
 
 
 def full_precision(x: Tensor) -> contextlib.AbstractContextManager[None]:

@@ -135,7 +135,7 @@ def attention_gate(
         carried = target if i.phi is not None else "x"
         at_once = (
             gate == "sigmoid"
-            and norms == (None, None)
+            and norms.theta is norms.phi is None
             and over_psi is None
             and grid == full
             and carried == target
