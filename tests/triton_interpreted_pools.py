@@ -194,7 +194,7 @@ def test_only_what_is_needed_is_written():
     z, lse, _ = torch.ops.attnkern.softmax_pool_fwd.triton(*i, *o, False)
     for needs in range(32):
         flags = [bool(needs >> bit & 1) for bit in range(5)]
-        arguments = (torch.randn_like(z), lse, None, *i, lse, *o, *flags)
+        arguments = (torch.randn_like(z), z, lse, None, *i, lse, *o, *flags)
         got = torch.ops.attnkern.softmax_pool_bwd.triton(*arguments)
         for g, fake in zip(got, op._bwd_fake(*arguments), strict=True):
             assert (g.shape, g.dtype, g.stride()) == (fake.shape, fake.dtype, fake.stride())

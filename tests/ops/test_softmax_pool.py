@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -234,6 +235,78 @@ def test_a_bias_of_the_scores_moves_nothing_but_scores_and_lse(target):
     b = torch.zeros(1, device=target.device, requires_grad=True)
     (grad,) = torch.autograd.grad(context_attention_pool(x, w, b, impl=target.impl).sum(), b)
     assert torch.equal(grad, torch.zeros_like(grad))
+
+
+# ------------------------------------------------------------------ saturation
+
+r = torch.randn
+
+
+def _peak(x, item, weight):
+    """x [B, N, D] whose ``item`` has a score of 1000 for weight [D], where others have about |weight|."""
+    x[:, item] = 1000 * weight / weight.square().sum()
+    return x
+
+
+def _context(*shape):
+    weight = r(1, 64)
+    x = _peak(r(2, 35, 64), 7, weight[0])
+    return {"x": x.mT.reshape(2, 64, *shape) if shape else x, "weight": weight}, {}
+
+
+def _query():
+    query = r(1, 48)
+    x = _peak(r(2, 25, 48), 7, query[0])
+    return {"x": x, "query": query}, {}
+
+
+def _given(gap):
+    scores = r(3, 5, 29)
+    scores[..., 7] += gap
+    return {"values": r(3, 29, 64), "scores": scores}, {}
+
+
+SATURATED = {
+    **{f"softmax_pool {gap}": functools.partial(_given, gap) for gap in (30, 100, 1000)},
+    "context_attention_pool": _context,
+    "context_attention_pool map": lambda: _context(5, 7),
+    "query_attention_pool": _query,
+    "additive_attention_pool": lambda: (
+        {"keys": r(2, 30, 24), "values": r(2, 30, 40), "query": r(2, 24), "v": 200 * r(24)}, {},
+    ),
+    "gated_attention_pool": lambda: (
+        {"x": r(1, 40, 24), "V": r(12, 24), "U": r(12, 24), "w": 300 * r(1, 12)}, {},
+    ),
+}  # fmt: skip
+
+
+def _skip_on_a_gpu(target):
+    if target.impl == "triton" or target.device != "cpu":
+        pytest.skip("its sums of dz . z and dz . v round otherwise (README of softmax_pool)")
+
+
+@pytest.mark.parametrize("name", SATURATED)
+def test_gradients_of_a_saturated_softmax(name, target):
+    """One weight is 1: dp and the sum of p dp leave nothing, or a rounding of dp, but none of |dz| |z|."""
+    _skip_on_a_gpu(target)
+    tensors, options = SATURATED[name]()
+    case = testing.Case("", {}, options)
+    testing.compare(_spec(name.split()[0]), case, tensors, impl=target.impl)
+
+
+@pytest.mark.parametrize("create_graph", [False, True])
+@pytest.mark.parametrize("channels_first", [False, True])
+@pytest.mark.parametrize("items", [1, 40, 70_001])
+def test_a_weight_of_one_has_no_gradient(items, channels_first, create_graph, target, dtype):
+    _skip_on_a_gpu(target)
+    values = r(2, 19, items) if channels_first else r(2, items, 19)
+    values = values.to(dtype).requires_grad_()
+    scores = torch.zeros(2, 3, items)
+    scores[..., items // 2] = 1e3
+    scores.requires_grad_()
+    z = softmax_pool(scores, values, channels_first=channels_first, impl=target.impl)
+    (grad,) = torch.autograd.grad(z, scores, r(z.shape).to(dtype), create_graph=create_graph)
+    assert not grad.any()
 
 
 # ------------------------------------------------------------------ sizes

@@ -38,7 +38,7 @@ _Inputs = _struct(
 ForwardParams = _struct("ForwardParams", "z lse scores_out workspace", _Inputs)
 BackwardParams = _struct(
     "BackwardParams",
-    "dz delta dscores lse dvalues:t dkeys:t dquery dlogits dV db_V dU db_U dw workspace",
+    "dz z dlse dscores lse dvalues:t dkeys:t dquery dlogits dV db_V dU db_U dw workspace",
     _Inputs,
     t=Items,
 )
@@ -101,12 +101,13 @@ class Emulated:
         return tuple(outputs.values())
 
     def backward(
-        self, dz: Tensor, delta: Tensor, dscores: Tensor | None, *rest: Any
+        self, dz: Tensor, z: Tensor, dlse: Tensor | None, dscores: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
         i, lse, options, needs = Inputs(*rest[:12]), rest[12], Options(*rest[13:16]), rest[16:]
         p = BackwardParams()
         self._fill(p, i, options)
-        for name, t in {"dz": dz, "delta": delta, "dscores": dscores, "lse": lse}.items():
+        given = {"dz": dz, "z": z, "dlse": dlse, "dscores": dscores, "lse": lse}
+        for name, t in given.items():
             setattr(p, name, self._upload(t, name))
         values, keys, query, weights, logits = needs
         batch, heads, items, _ = i.values.shape

@@ -37,7 +37,7 @@ def _fwd_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def _bwd_fake(
-    dz: Tensor, delta: Tensor, dscores: Tensor | None, *arguments: Any
+    dz: Tensor, z: Tensor, dlse: Tensor | None, dscores: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *tensors, lse, _scorer, _act, _scale = arguments[:16]
     need_values, need_keys, need_query, need_weights, need_logits = arguments[16:]
@@ -75,7 +75,7 @@ softmax_pool_fwd = _library.define(
 )
 softmax_pool_bwd = _library.define(
     "softmax_pool_bwd",
-    f"(Tensor dz, Tensor delta, Tensor? dscores, {_TENSORS}, Tensor lse, {_OPTIONS}, "
+    f"(Tensor dz, Tensor z, Tensor? dlse, Tensor? dscores, {_TENSORS}, Tensor lse, {_OPTIONS}, "
     "bool need_values, bool need_keys, bool need_query, bool need_weights, bool need_logits)"
     " -> (Tensor dvalues, Tensor dkeys, Tensor dquery, Tensor dlogits, "
     "Tensor dV, Tensor db_V, Tensor dU, Tensor db_U, Tensor dw)",
@@ -105,21 +105,20 @@ class _Pool(torch.autograd.Function):
         i, options, needs = Inputs(*tensors), ctx.options, Inputs(*ctx.needs_input_grad[3:])
         if not ctx.return_scores:
             dscores = None  # which torch.compile gives all the same, empty
-        # z is kept unrounded: items that are nearly alike leave of dp - delta what rounding would take
+        # z is kept unrounded: items that are nearly alike leave of dp - dz . z what rounding would take
         dz = torch.zeros_like(z) if dz is None else dz
         dz = dz.to(i.values.dtype).contiguous()
-        product = (dz.to(lse.dtype) * z).sum(3)  # [B, H, M]
-        delta = product if dlse is None else product - dlse
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph=True: the same formulas in differentiable PyTorch, for double backward
             with _autocast.full_precision(i.values):
-                grads = reference.backward(dz, delta, dscores, i, lse, options)
+                grads = reference.backward(dz, dlse, dscores, i, lse, options)
         else:
+            dlse = None if dlse is None else dlse.contiguous()
             dscores = None if dscores is None else dscores.contiguous()
             need_logits = bool(needs.scores or needs.bias)
             grads = reference.Gradients(
                 *softmax_pool_bwd[ctx.impl](
-                    *(dz, delta, dscores, *_typed(i), lse, *options),
+                    *(dz, z, dlse, dscores, *_typed(i), lse, *options),
                     *(bool(needs.values), bool(needs.keys), bool(needs.query)),
                     *(any(needs[4:9]), need_logits),
                 )
@@ -132,7 +131,7 @@ class _Pool(torch.autograd.Function):
             )
         if needs.c:
             assert i.c is not None
-            by_input["c"] = _row_sum(product, dlse, dscores, lse, i, options)
+            by_input["c"] = _row_sum(dz, z, dlse, dscores, lse, i, options)
         if needs.bias:
             assert i.bias is not None
             by_input["bias"] = dl.sum_to_size(i.bias.shape)
@@ -144,7 +143,8 @@ class _Pool(torch.autograd.Function):
 
 
 def _row_sum(
-    product: Tensor,
+    dz: Tensor,
+    z: Tensor,
     dlse: Tensor | None,
     dscores: Tensor | None,
     lse: Tensor,
@@ -153,6 +153,7 @@ def _row_sum(
 ) -> Tensor:
     """dc: the sum of de over the items.  That of dl is the gradient of lse: a softmax moves no mass."""
     assert i.c is not None
+    product = (dz.to(lse.dtype) * z).sum(3)
     row = product - product  # 0, or NaN where a result or its gradient is not finite
     if dlse is not None:
         row = row + torch.where(lse == float("-inf"), 0.0, dlse)

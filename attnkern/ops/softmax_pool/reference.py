@@ -230,11 +230,11 @@ def weighted_sum(p: Tensor, i: Inputs) -> Tensor:
 
 
 def backward(
-    dz: Tensor, delta: Tensor, dscores: Tensor | None, i: Inputs, lse: Tensor, o: Options
+    dz: Tensor, dlse: Tensor | None, dscores: Tensor | None, i: Inputs, lse: Tensor, o: Options
 ) -> Gradients:
-    """Gradients of every input; ``delta`` [B, H, M] is dz . z minus the gradient of lse.
+    """Gradients of every input.
 
-        dp = dz . v,  dl = p (dp - delta)                     softmax
+        dp = dz . v,  dl = p (dp - sum_n p dp + dlse)         softmax; the sum is dz . z
         de = scale * dl + dscores
         dv = sum_m p dz,  and through the scorer (dk where there are keys):
         dot       dk = sum_m de q,                            dq = sum_n de k
@@ -254,7 +254,8 @@ def backward(
     else:
         dp = (by_item(dz, i) * v.unsqueeze(3)).sum(4).transpose(2, 3)
         dv = (p.transpose(2, 3).unsqueeze(4) * by_item(dz, i)).sum(3)
-    dl = p * (dp - of_row(delta, i))
+    delta = bag_sum(p * dp, i)  # not dz . z, which rounds otherwise: a p of 1 then leaves 0
+    dl = p * (dp - of_row(delta if dlse is None else delta - dlse, i))
     de = o.scale * dl
     if dscores is not None:
         de = de + dscores

@@ -125,7 +125,7 @@ def softmax_pool_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 
 
 def softmax_pool_bwd(
-    dz: Tensor, delta: Tensor, dscores: Tensor | None, *arguments: Any
+    dz: Tensor, z: Tensor, dlse: Tensor | None, dscores: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
     *tensors, lse, scorer, act, scale = arguments[:16]
     need_values, need_keys, need_query, need_weights, need_logits = arguments[16:]
@@ -151,6 +151,8 @@ def softmax_pool_bwd(
     de = lse.new_empty(by_item) if to_keys or need_query or need_weights else None
     if p is None and de is None and not need_logits:
         return (dvalues, dkeys, dquery, dlogits, *weights)
+    delta = (dz.to(lse.dtype) * z).sum(3)  # [B, H, M]
+    delta = delta if dlse is None else delta - dlse
     with torch.cuda.device_of(dz):
         dw = weights[4] if need_weights and scorer == "additive" else None
         _weights_grad(

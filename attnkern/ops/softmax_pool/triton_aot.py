@@ -71,7 +71,7 @@ def _train(
     z, lse, scores = softmax_pool_fwd(*i, *o, biased)
     dscores = torch.empty_like(scores) if biased else None
     needs = (not frozen, keys, scorer in ("dot", "additive"), i.w is not None, biased)
-    softmax_pool_bwd(torch.empty_like(z), lse, dscores, *i, lse, *o, *needs)
+    softmax_pool_bwd(torch.empty_like(z), z, lse, dscores, *i, lse, *o, *needs)
 
 
 def _call(name: str, dtype: str, *args: Any, **options: Any) -> tuple[str, Callable[[], None]]:

@@ -25,7 +25,7 @@ ATTNKERN_DEVICE void each_held(Acc& dq, const Sizes& n, int first, const F& f) {
 template <class T, class ScorerT, int Rows>
 ATTNKERN_KERNEL(kProductThreads, 1)  // at 128 registers, for two blocks an SM, it spills up to 1128 bytes
 softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_GRID_CONSTANT const Plan plan,
-                        const Sums sums, const Hidden hidden, const T* packed) {
+                        const Sums sums, const Hidden hidden, const T* packed, const float* deltas) {
   constexpr bool product = std::is_same_v<ScorerT, GatedProductScorer>;
   constexpr bool gated = ScorerT::kind == Scorer::gated, dot = ScorerT::kind == Scorer::dot;
   constexpr bool additive = ScorerT::kind == Scorer::additive, held = std::is_same_v<ScorerT, DotScorer>;
@@ -108,7 +108,7 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
         const Logits<T> logits(view, real ? m : 0);
         const int64_t at = ((batch * n.heads + head) * n.queries + m) * n.items + item;
         const float lse = real ? load_global(static_cast<const float*>(p.lse) + row + m) : 0.0f;
-        const float delta = real ? load_global(static_cast<const float*>(p.delta) + row + m) : 0.0f;
+        const float delta = real ? load_global(deltas + row + m) : 0.0f;
         for (int t = lane_id(); t < plan.tile; t += kWarpSize) {
           float weight = 0.0f, de = 0.0f;
           if (real && t < view.count) {
@@ -205,6 +205,7 @@ struct Carved {
   Hidden hidden{};
   void* packed = nullptr;    // V and U, for the tensor cores
   float* dV = nullptr;       // dV and dU [splits, 2, K, D]
+  float* deltas = nullptr;   // [B, H, M]
   size_t sums_bytes, bytes;  // the sums come first: they are cleared
 };
 
@@ -219,7 +220,12 @@ Carved carve(const BackwardParams& p, const Plan& plan, void* base) {
   const Sizes& n = p.sizes;
   Carver carver{static_cast<char*>(base)};
   Carved c{};
-  if (p.scorer == Scorer::given) return c;
+  const auto finish = [&] {
+    c.deltas = carver.take<float>(rows_of(p));
+    c.bytes = carver.bytes;
+    return c;
+  };
+  if (p.scorer == Scorer::given) return finish();
   const int64_t groups = groups_of(p, plan);
   if (p.dquery)
     c.sums.dquery =
@@ -239,8 +245,7 @@ Carved carve(const BackwardParams& p, const Plan& plan, void* base) {
     c.hidden.gradients = carver.take<char>(rows * 2 * n.hidden * bytes);
     if (p.dvalues.data) c.hidden.weights = carver.take<char>(rows * n.queries * bytes);
   }
-  c.bytes = carver.bytes;
-  return c;
+  return finish();
 }
 
 template <class T, class S>
@@ -255,8 +260,9 @@ Status launch_gated(const BackwardParams& p, const Plan& plan, const Carved& c, 
     hidden.last = first + plan.chunk_units < plan.units ? first + plan.chunk_units : plan.units;
     const int64_t blocks = (hidden.last - first + plan.block_units - 1) / plan.block_units;
     const LaunchConfig config{blocks, plan.threads, plan.shared_bytes};
-    Status status = one ? launch(softmax_pool_bwd_kernel<T, S, 1>, config, stream, p, plan, c.sums, hidden, packed)
-                        : launch(softmax_pool_bwd_kernel<T, S, 4>, config, stream, p, plan, c.sums, hidden, packed);
+    Status status =
+        one ? launch(softmax_pool_bwd_kernel<T, S, 1>, config, stream, p, plan, c.sums, hidden, packed, c.deltas)
+            : launch(softmax_pool_bwd_kernel<T, S, 4>, config, stream, p, plan, c.sums, hidden, packed, c.deltas);
     if (status.ok() && p.dvalues.data) status = launch_hidden_values<T>(p, plan, hidden, stream);
     if (status.ok() && p.dV) status = launch_hidden_weights<T>(p, plan, hidden, c.dV, stream);
     if (!status.ok()) return status;
@@ -314,6 +320,7 @@ Status launch_backward_cuda(const BackwardParams& p, const Plan& plan, void* str
   if (!fits(plan, device)) return kTooLarge;
   const Carved c = carve(p, plan, p.workspace);
   if (const Status status = fill_bytes(p.workspace, 0, c.sums_bytes, stream); !status.ok()) return status;
+  if (const Status status = launch_delta(p, c.deltas, stream); !status.ok()) return status;
   const Status status = visit_scorer(p.dtype, p.scorer, plan, [&](auto type, auto scorer) -> Status {
     using T = decltype(type);
     using S = decltype(scorer);
@@ -325,8 +332,8 @@ Status launch_backward_cuda(const BackwardParams& p, const Plan& plan, void* str
       const T* const packed = nullptr;
       if constexpr (!std::is_same_v<S, DotManyScorer>)
         if (plan.padded_queries == 1)
-          return launch(softmax_pool_bwd_kernel<T, S, 1>, config, stream, p, plan, c.sums, all, packed);
-      return launch(softmax_pool_bwd_kernel<T, S, 4>, config, stream, p, plan, c.sums, all, packed);
+          return launch(softmax_pool_bwd_kernel<T, S, 1>, config, stream, p, plan, c.sums, all, packed, c.deltas);
+      return launch(softmax_pool_bwd_kernel<T, S, 4>, config, stream, p, plan, c.sums, all, packed, c.deltas);
     }
   });
   return status.ok() ? launch_reductions(p, plan, c, stream) : status;

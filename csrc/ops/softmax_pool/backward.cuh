@@ -115,6 +115,38 @@ ATTNKERN_DEVICE void add_gated(const Gradient<T>& g, const View<T>& v, const Sha
   });
 }
 
+constexpr int kDeltaThreads = 256;
+
+// Computes   delta = dz . z - dlse of every row
+// Layout     dz, z [rows, D]; dlse (which may be null) and delta [rows]
+// Mapping    a warp: a row, lanes along D
+// Traffic    dz and z once
+// Numerics   float; a lane's terms in order, then the lanes
+template <class T>
+ATTNKERN_KERNEL(kDeltaThreads, 4)
+softmax_pool_delta_kernel(const T* dz, const float* z, const float* dlse, int64_t rows, int64_t features,
+                          float* delta) {
+  const int64_t row = block_index() * warp_count() + warp_id();
+  if (row >= rows) return;
+  float sum = 0.0f;
+  for (int64_t d = lane_id(); d < features; d += kWarpSize)
+    sum += widen(load_global(dz + row * features + d)) * load_global(z + row * features + d);
+  sum = warp_sum(sum);
+  if (lane_id() == 0) store_global(delta + row, dlse ? sum - load_global(dlse + row) : sum);
+}
+
+inline int64_t rows_of(const BackwardParams& p) { return p.sizes.batch * p.sizes.heads * p.sizes.queries; }
+
+inline Status launch_delta(const BackwardParams& p, float* delta, void* stream) {
+  const int64_t rows = rows_of(p), warps = kDeltaThreads / kWarpSize;
+  return visit_type(p.dtype, [&](auto type) {
+    using T = decltype(type);
+    return launch(softmax_pool_delta_kernel<T>, {(rows + warps - 1) / warps, kDeltaThreads}, stream,
+                  static_cast<const T*>(p.dz), static_cast<const float*>(p.z), static_cast<const float*>(p.dlse), rows,
+                  p.sizes.features, delta);
+  });
+}
+
 constexpr int kReduceRows = 8;
 
 // What is added up: out[o, i] = sum over the slots of o and over groups of partial[slot, head of o, group, i].

@@ -271,6 +271,7 @@ struct BackwardCall : Call<BackwardParams> {
     s.scores = arena.take(2 * n.queries * cut.tile, size);
     s.rows = arena.take(2 * n.queries * n.features, size);
     s.coefficients = arena.take(2 * n.queries * cut.tile, size);
+    s.deltas = arena.take(2 * n.queries, size);
     if (p.scorer == Scorer::additive) {
       s.items = arena.take(cut.tile * n.hidden, size);
       s.query_sums = arena.take(n.queries, 64);

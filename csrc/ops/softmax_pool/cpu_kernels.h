@@ -20,6 +20,7 @@ struct Scratch {
   void* rows;      // [M, D] sums of z forward; [2 M, D] backward: dz, then q where keys are values
   void* largest;
   void* total;              // [M] each, forward: of exp(l - largest)
+  void* deltas;             // [M, 2] backward: dz . z - dlse (pool.simd.h)
   void* coefficients;       // [2 M, tile] backward: p, then de
   void* items;              // additive, gated: gradients of a tile through the scores
   void* query_sums;         // additive backward: a vector of 64 bytes a query

@@ -78,7 +78,8 @@ struct ForwardParams : Inputs {
 
 struct BackwardParams : Inputs {
   const void* dz = nullptr;       // [B, H, M, D], dense
-  const void* delta = nullptr;    // [acc] [B, H, M]: dz . z - dlse
+  const void* z = nullptr;        // as the forward wrote it
+  const void* dlse = nullptr;     // [acc] [B, H, M], or null
   const void* dscores = nullptr;  // [acc] [B, H, M, N] ([1, H, M, N] of bags), or null
   const void* lse = nullptr;      // as the forward wrote it
   // Outputs; null: not needed. d<name> has the shape of <name>; dV, dU too are [acc].

@@ -1,6 +1,6 @@
 // The pooling loop, forward and backward, over the tiles of a unit.
 //
-//   Computes  l = scale e + bias;  z = sum_n softmax(l) v;  p = exp(l - lse), dl = p (dz . v - delta),
+//   Computes  l = scale e + bias;  z = sum_n softmax(l) v;  p = exp(l - lse), dl = p (dz . v - dz . z + dlse),
 //             de = scale dl + dscores, dv = sum_m p dz and the scorer's gradients
 //   Layout    items in place, rows or columns (params.h); [M, tile] and [M, D] arrays in the thread's scratch
 //   Mapping   one call a unit: some items of one head of one sample on one thread; lanes along items for the softmax
@@ -144,14 +144,29 @@ void merge_parts(const ForwardParams& p, int64_t b, int64_t h, const Partial& fi
 
 // ---- backward
 
+// dz . z of a row, z multiplied as its items are: where it is one of them, as where a softmax saturates, dp - same is 0
+// and no rounding of |dz| |z|. That order may be a chain of D terms; excess is what it adds to one of D / lanes.
+template <class A>
+struct Delta {
+  A same, excess;  // same less dlse
+};
+
+template <class A>
+ATTNKERN_INLINE Delta<A> delta_of(const A* dz, const A* z, const A* dlse, int64_t features, bool columns) {
+  A same, accurate;
+  dot_items(dz, 1, Tile<const A>{z, features, false}, 1, features, &accurate, 1);
+  dot_items(dz, 1, Tile<const A>{z, columns ? 1 : features, columns}, 1, features, &same, 1);
+  return {dlse ? same - *dlse : same, same - accurate};
+}
+
 // From e and dp = dz . v of a row: p, de and the gradient of the logits (which may be null).
 template <class A>
-ATTNKERN_INLINE void softmax_backward(const Logits<A>& logits, const A* e, const A* dp, int64_t n, A lse, A delta,
-                                      A scale, const A* dscores, A* p, A* de, A* dlogits) {
+ATTNKERN_INLINE void softmax_backward(const Logits<A>& logits, const A* e, const A* dp, int64_t n, A lse,
+                                      const Delta<A>& delta, A scale, const A* dscores, A* p, A* de, A* dlogits) {
   each_vector<A>(n, [&](int64_t i, auto access) ATTNKERN_INLINE_LAMBDA {
     const Vec<A> l = logits.at(e, i, access), none{};
     const Vec<A> pi = lse == -kInfinity<A> ? none : (l == -kInfinity<A> && lse == lse) ? none : exp(l - lse);
-    const Vec<A> dl = pi * (access.read(dp + i) - delta);
+    const Vec<A> dl = pi * (access.read(dp + i) - delta.same + (1 - pi) * delta.excess);
     access.write(p + i, pi);
     access.write(de + i, dscores ? scale * dl + access.read(dscores + i) : scale * dl);
     if (dlogits) access.write(dlogits + i, dl);
@@ -165,6 +180,7 @@ void unpool_unit(const BackwardParams& p, const Unit& u, const Scratch& s, const
   const int64_t first_row = (u.b * p.sizes.heads + u.h) * queries;
   A *rows = static_cast<A*>(s.rows), *dp = static_cast<A*>(s.scores), *e = dp + queries * s.tile;
   A *weights = static_cast<A*>(s.coefficients), *de = weights + queries * s.tile;
+  auto* deltas = static_cast<Delta<A>*>(s.deltas);
   Scorer scorer(p, u, s);
   const bool joint = scorer.joint();
   const T* dz = static_cast<const T*>(p.dz) + first_row * features;
@@ -174,14 +190,19 @@ void unpool_unit(const BackwardParams& p, const Unit& u, const Scratch& s, const
   for (int64_t begin = u.begin; begin < u.end; begin += s.tile) {
     const int64_t n = u.end - begin < s.tile ? u.end - begin : s.tile;
     scorer.at(begin, n);
+    if (begin == u.begin)
+      for (int64_t m = 0; m < queries; ++m)
+        deltas[m] = delta_of(rows + m * features, static_cast<const A*>(p.z) + (first_row + m) * features,
+                             p.dlse ? static_cast<const A*>(p.dlse) + first_row + m : nullptr, features,
+                             scorer.values().columns);
     dot_items(rows, count, scorer.values(), n, features, dp, s.tile);
     joint ? scorer.add_c(e) : scorer.score(e);
     for (int64_t m = 0; m < queries; ++m) {
       const int64_t at = ((scorer.sample * p.sizes.heads + u.h) * queries + m) * p.sizes.items + begin;
       softmax_backward(logits_of<A>(p, u, scorer.sample, m, begin), e + m * s.tile, dp + m * s.tile, n,
-                       static_cast<const A*>(p.lse)[first_row + m], static_cast<const A*>(p.delta)[first_row + m],
-                       static_cast<A>(p.scale), p.dscores ? static_cast<const A*>(p.dscores) + at : nullptr,
-                       weights + m * s.tile, de + m * s.tile, p.dlogits ? static_cast<A*>(p.dlogits) + at : nullptr);
+                       static_cast<const A*>(p.lse)[first_row + m], deltas[m], static_cast<A>(p.scale),
+                       p.dscores ? static_cast<const A*>(p.dscores) + at : nullptr, weights + m * s.tile,
+                       de + m * s.tile, p.dlogits ? static_cast<A*>(p.dlogits) + at : nullptr);
     }
     const Tile<A> through = scorer.backward(p, de, sums);
     if (!p.dvalues.data) continue;

@@ -111,11 +111,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& values, const MaybeTens
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
-    const Tensor& dz, const Tensor& delta, const MaybeTensor& dscores, const Tensor& values, const MaybeTensor& keys,
-    const MaybeTensor& query, const MaybeTensor& scores, const MaybeTensor& V, const MaybeTensor& b_V,
-    const MaybeTensor& U, const MaybeTensor& b_U, const MaybeTensor& w, const MaybeTensor& c, const MaybeTensor& bias,
-    const MaybeTensor& offsets, const Tensor& lse, const std::string& scorer, const std::string& act, double scale,
-    bool need_values, bool need_keys, bool need_query, bool need_weights, bool need_logits) {
+    const Tensor& dz, const Tensor& z, const MaybeTensor& dlse, const MaybeTensor& dscores, const Tensor& values,
+    const MaybeTensor& keys, const MaybeTensor& query, const MaybeTensor& scores, const MaybeTensor& V,
+    const MaybeTensor& b_V, const MaybeTensor& U, const MaybeTensor& b_U, const MaybeTensor& w, const MaybeTensor& c,
+    const MaybeTensor& bias, const MaybeTensor& offsets, const Tensor& lse, const std::string& scorer,
+    const std::string& act, double scale, bool need_values, bool need_keys, bool need_query, bool need_weights,
+    bool need_logits) {
   BackwardParams p{};
   fill(p, {values, keys, query, scores, V, b_V, U, b_U, w, c, bias, offsets, scorer, act, scale});
   const auto acc = glue::accumulation_scalar(values);
@@ -137,7 +138,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   Tensor dV = weight_like(V), db_V = weight_like(b_V), dU = weight_like(U), db_U = weight_like(b_U),
          dw = weight_like(w);
   p.dz = glue::data_or_null(dz);
-  p.delta = glue::data_or_null(delta);
+  p.z = glue::data_or_null(z);
+  p.dlse = glue::data_or_null(dlse);
   p.dscores = glue::data_or_null(dscores);
   p.lse = glue::data_or_null(lse);
   p.dvalues = mutable_items(dvalues);
