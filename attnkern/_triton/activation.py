@@ -29,6 +29,22 @@ def tanh(z):
 
 
 @triton.jit
+def softplus(h):
+    """log(1 + e^h), and h itself beyond 20, as torch's."""
+    # max(h, 0) + log(1 + n), n = e^-|h|: 2 artanh(n / (2 + n)), whose series errs by 2e-8 of it at n = 1
+    n = tl.exp(-tl.abs(h))
+    s = n / (2.0 + n)
+    q = s * s
+    p = q * 0.0769230769 + 0.0909090909
+    p = p * q + 0.1111111111
+    p = p * q + 0.1428571429
+    p = p * q + 0.2
+    p = p * q + 0.3333333333
+    log1p = 2.0 * s + 2.0 * s * q * p
+    return tl.where(h > 20.0, h, tl.where(h <= 0, 0.0, h) + log1p)
+
+
+@triton.jit
 def clamp(v, low, high):
     return tl.where(v <= low, low, tl.where(v >= high, high, v))
 
@@ -56,6 +72,8 @@ def activation(h, slope, ACT: tl.constexpr):
         out = clamp(h, 0.0, 6.0)
     elif ACT == "leaky_relu" or ACT == "prelu":
         out = tl.where(h > 0, h, slope * h)
+    elif ACT == "softplus":
+        out = softplus(h)
     elif ACT == "silu":
         out = h / (1.0 + tl.exp(-h))
     elif ACT == "hardswish":
@@ -83,6 +101,8 @@ def activation_grad(g, h, slope, ACT: tl.constexpr):
         out = tl.where((h <= 0) | (h >= 6), 0.0, g)
     elif ACT == "leaky_relu" or ACT == "prelu":
         out = tl.where(h > 0, g, g * slope)
+    elif ACT == "softplus":
+        out = tl.where(h > 20.0, g, g * sigmoid(h))
     elif ACT == "silu":
         sigma = sigmoid(h)
         out = g * sigma * (1.0 + h * (1.0 - sigma))

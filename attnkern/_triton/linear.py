@@ -212,13 +212,13 @@ def weight_grad_kernel(
             tl.store(dbias + o, total.to(dbias.dtype.element_ty), mask=o < outputs)
 
 
-@triton.jit(do_not_specialize=["rows", "cols", "divisor"])
+@triton.jit(do_not_specialize=["rows", "cols", "row_stride", "divisor"])
 def sum_rows_kernel(
-    terms, out, rows, cols, divisor, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
+    terms, out, rows, cols, row_stride, divisor, BLOCK_ROWS: tl.constexpr, BLOCK_COLS: tl.constexpr
 ):
     """
     Computes  out = sum_r terms[r] / divisor
-    Layout    terms [rows, cols] dense float32, out [cols]
+    Layout    terms [rows, cols] float32, rows of adjacent elements, out [cols]
     Mapping   a program owns BLOCK_COLS columns
     Traffic   reads terms once
     Numerics  float32, fixed order
@@ -228,7 +228,7 @@ def sum_rows_kernel(
     for r0 in range(0, rows, BLOCK_ROWS):
         row = r0 + tl.arange(0, BLOCK_ROWS).to(tl.int64)
         acc += tl.load(
-            terms + row[:, None] * cols + col[None, :],
+            terms + row[:, None] * row_stride + col[None, :],
             mask=(row < rows)[:, None] & (col < cols)[None, :],
             other=0.0,
         )
@@ -315,5 +315,13 @@ def sum_rows(terms: Tensor, out: Tensor, divisor: float = 1.0) -> None:
     rows, cols = terms.shape[0], out.numel()
     if cols:
         sum_rows_kernel[triton.cdiv(cols, 32),](
-            terms, out, rows, cols, float(divisor), BLOCK_ROWS=32, BLOCK_COLS=32, **LAUNCH
+            terms,
+            out,
+            rows,
+            cols,
+            terms.stride(0),
+            float(divisor),
+            BLOCK_ROWS=32,
+            BLOCK_COLS=32,
+            **LAUNCH,
         )

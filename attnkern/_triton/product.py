@@ -62,6 +62,25 @@ def product_in_two(a, b, acc, EXACT: tl.constexpr):
 
 
 @triton.jit
+def parts_of(a, dtype: tl.constexpr):
+    """float32 a as the sum of two numbers of 16 bits, exact to 2^-16.
+
+    Both have a's sign and are not 0, so that an infinite factor meets infinities of one sign and no 0.
+    """
+    high = a.to(dtype)
+    high = tl.where(tl.abs(high.to(tl.float32)) >= tl.abs(a), _nearer_0(high), high)
+    low = (a - high.to(tl.float32)).to(dtype)
+    high = tl.where(low == 0, _nearer_0(high), high)  # of float16 the rest may be too small
+    return high, (a - high.to(tl.float32)).to(dtype)
+
+
+@triton.jit
+def _nearer_0(v):
+    """The next number of 16 bits towards 0."""
+    return tl.where(v == 0, v, (v.to(tl.int16, bitcast=True) - 1).to(v.dtype, bitcast=True))
+
+
+@triton.jit
 def product_of_stored(a, b, acc):
     """acc + a b for a and b of one storage dtype: no product is rounded."""
     if a.dtype == tl.float32 or INTERPRETED:
