@@ -12,7 +12,6 @@ import contextlib
 import torch
 from torch import Tensor
 
-
 # asked once: torch.compile of torch 2.11 cannot trace the question
 _DEVICES = frozenset(d for d in ("cpu", "cuda", "xpu", "mps") if torch.amp.is_autocast_available(d))
 
