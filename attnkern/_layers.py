@@ -2,9 +2,14 @@
 
 from __future__ import annotations
 
+import warnings
+from collections.abc import Sequence
 from typing import Any
 
-from torch import Tensor
+import torch
+from torch import Tensor, nn
+
+from attnkern import _activations
 
 
 def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -34,6 +39,51 @@ def plain(module: Any, classes: tuple[type, ...]) -> bool:
     ):
         return False
     return not hooked(module) and "forward" not in module.__dict__
+
+
+def first_altered(layers: Sequence[Any], classes: Sequence[type]) -> Any:
+    """The first of ``layers`` that is not `plain`, asked at once: 0.1 us a layer, not 0.2."""
+    for layer, stock in zip(layers, classes, strict=True):
+        cls = type(layer)
+        if cls is not stock and (
+            cls.__base__ is not stock or "parametrizations" not in layer._modules
+        ):
+            return layer
+        a = layer.__dict__
+        if (
+            a["_forward_hooks"]
+            or a["_forward_pre_hooks"]
+            or a["_backward_hooks"]
+            or a["_backward_pre_hooks"]
+            or "forward" in a
+        ):
+            return layer
+    return None
+
+
+_said: set[str] = set()
+
+
+def say_once(module: nn.Module, layer: Any) -> None:
+    """That ``module`` calls its layers, and why: ``layer`` is more than its parameters."""
+    if torch.compiler.is_compiling():
+        return
+    name = next(name for name, child in module.named_modules() if child is layer)
+    text = f"{type(module).__name__} is computed layer by layer: its {name} {_why(layer)}"
+    if text not in _said:
+        _said.add(text)
+        warnings.warn(text, stacklevel=6)
+
+
+def _why(layer: Any) -> str:
+    if hooked(layer):
+        return "has hooks"
+    if "forward" in layer.__dict__:
+        return "has a forward of its own"
+    if type(layer) is nn.Sequential:
+        return "has other layers"
+    stock = type(layer).__module__.startswith("torch.nn.modules.")
+    return f"is {layer if stock else _activations.qualified_name(type(layer))}"
 
 
 def whole_patches(conv: Any) -> bool:

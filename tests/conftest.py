@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch._inductor.decomposition  # torch 2.11 cannot import it for the first time during an export
 
-from attnkern import _native, _select, testing
+from attnkern import _layers, _native, _select, testing
 from attnkern._checks import DTYPES
 
 
@@ -51,6 +51,23 @@ class Call:
 
     def run(self, target: Target, tensors: testing.Tensors, **options: Any) -> Any:
         return self.spec.function(**tensors, **{**self.case.options, **options}, impl=target.impl)
+
+
+@pytest.fixture
+def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
+    """What modules say once, each time they say it."""
+    texts: list[str] = []
+    monkeypatch.setattr(_layers, "_said", set())
+    warn = _layers.warnings.warn
+
+    def record(text: Any, *rest: Any, **named: Any) -> None:
+        if " is computed layer by layer: " in str(text):
+            texts.append(text)
+        else:
+            warn(text, *rest, **named)
+
+    monkeypatch.setattr(_layers.warnings, "warn", record)
+    return texts
 
 
 DEVICES = ("cpu", "cuda") if torch.cuda.is_available() else ("cpu",)

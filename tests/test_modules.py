@@ -8,8 +8,10 @@ import pickle
 import pytest
 import timm
 import torch
+from altered_layers import ALTERED, Lora, check, check_observed, observe, replace
 from timm.layers.squeeze_excite import SEModule
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import attnkern
 from attnkern.nn import SqueezeExcite
@@ -178,3 +180,90 @@ def test_repr_names_the_options():
 def test_optimize_leaves_our_own_module_alone():
     report = attnkern.optimize(nn.Sequential(SqueezeExcite(16)))
     assert (report.replaced, report.skipped) == ([], [])
+
+
+# ------------------------------------------------------------------ altered layers
+
+
+def eager(se, x):
+    m = x.mean((2, 3), keepdim=True)
+    linear = se.fc1.weight.dim() == 2
+    h = se.fc1(m.flatten(1) if linear else m)
+    h = (se.act or nn.SiLU())(h)
+    z = se.fc2(h.flatten(1) if linear else h)
+    return x * z.view_as(m).sigmoid()
+
+
+def excite(linear=False, act="silu"):
+    torch.manual_seed(0)
+    se = SqueezeExcite(8, rd_channels=4, act=act)
+    if linear:
+        se.fc1, se.fc2 = nn.Linear(8, 4), nn.Linear(4, 8)
+    return se.double()
+
+
+IMAGE = torch.linspace(-2, 3, 144, dtype=torch.float64).sin().view(2, 8, 3, 3)
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("linear", [False, True], ids=["convolutions", "linear"])
+@pytest.mark.parametrize("name", ["fc1", "fc2"])
+@pytest.mark.parametrize("alter", ALTERED.values(), ids=ALTERED)
+def test_altered_layers_are_called_and_it_is_said_once(alter, name, linear, said):
+    check(excite(linear), eager, name, alter, (IMAGE,), said)
+
+
+@pytest.mark.parametrize("act", ["silu", "prelu"])
+def test_another_activation_is_called(act, said):
+    se = excite(act=act)
+    replace(se, "act", nn.ELU())
+    torch.testing.assert_close(se(IMAGE), eager(se, IMAGE))
+    assert said == ["SqueezeExcite is computed layer by layer: its act is ELU(alpha=1.0)"]
+
+
+def test_a_slope_of_an_activation_without_one_is_called(said):
+    se = excite()
+    se.act = nn.PReLU().double()
+    torch.testing.assert_close(se(IMAGE), eager(se, IMAGE))
+    assert len(said) == 1
+
+
+@pytest.mark.parametrize("apply", ["scale", "scale1p", "scale_shift", "shift"])
+@pytest.mark.parametrize("name", ["fc1", "fc2", "act"])
+def test_observed_layers_change_nothing(apply, name, said, target):
+    torch.manual_seed(0)
+    options = {"act": "prelu", "gate": "hard_sigmoid", "gate_slope": 0.3, "gain": 2.0}
+    se = SqueezeExcite(
+        8, 0.5, apply=apply, out_act="relu6", spatial_dims=1, impl=target.impl, **options
+    ).to(target.device)
+    x, residual = torch.randn(2, 2, 8, 5, device=target.device)
+    call = {"residual": residual, "drop_path": torch.tensor([0.0, 1.5], device=target.device)}
+    check_observed(se, name, (x,), said, **call)
+
+
+def test_observed_layers_under_autocast_and_in_low_precision(said):
+    se = excite().float()
+    want, x = se(IMAGE.float()), IMAGE.float()
+    observe(se, "fc1")
+    with torch.autocast("cpu", torch.bfloat16):
+        low = se(x)
+    assert low.dtype == torch.float32
+    torch.testing.assert_close(low, want, rtol=0.02, atol=0.02)
+    half = se.bfloat16()(x.bfloat16())
+    torch.testing.assert_close(half.float(), want, rtol=0.02, atol=0.02)
+
+
+def test_parametrized_layers_are_inlined(said):
+    se = excite()
+    parametrizations.weight_norm(se.fc1)
+    parametrizations.spectral_norm(se.eval().fc2)
+    torch.testing.assert_close(se(IMAGE), eager(se, IMAGE))
+    assert not said
+
+
+def test_plain_and_altered_modules_compile_whole():
+    se = excite()
+    for _ in range(2):
+        compiled = torch.compile(se, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(IMAGE), eager(se, IMAGE))
+        se.fc1 = Lora(se.fc1)

@@ -8,8 +8,10 @@ import pool_modules as copied
 import pytest
 import torch
 import torch.nn.functional as F
+from altered_layers import ALTERED, Lora, check, check_observed, observe, replace
 from timm.layers import AttentionPoolLatent, GlobalContext
 from torch import nn
+from torch.nn.utils import parametrizations
 
 import attnkern
 from attnkern.nn import (
@@ -286,3 +288,148 @@ def test_repr_names_sizes_and_options():
 def test_bad_arguments_name_themselves(make, message):
     with pytest.raises(ValueError, match=message):
         make()
+
+
+# ------------------------------------------------------------------ altered layers
+
+
+def eager_query(pool, x):
+    q = pool.q(pool.latent).expand(len(x), -1, -1)
+    heads = [t.unflatten(2, (2, 4)).transpose(1, 2) for t in (q, *pool.kv(x).chunk(2, 2))]
+    return pool.proj(F.scaled_dot_product_attention(*heads).transpose(1, 2).flatten(2))[:, 0]
+
+
+def eager_additive(pool, x, h):
+    e = pool.full_att((pool.encoder_att(x) + pool.decoder_att(h)[:, None]).tanh())
+    return (e.softmax(1) * x).sum(1)
+
+
+def eager_gated(pool, x):
+    e = pool.attention_c(pool.attention_a(x) * pool.attention_b(x))
+    return e.softmax(1).mT @ x
+
+
+def eager_ungated(pool, x):
+    return pool.module(x).softmax(1).mT @ x
+
+
+def ungated():
+    return GatedAttentionPool(8, 4, 2, gated=False, act="gelu")
+
+
+LAYERS = {
+    "kv": (lambda: QueryAttentionPool(8, heads=2), eager_query, ((2, 5, 8),)),
+    "full_att": (lambda: AdditiveAttentionPool(8, 6, 4), eager_additive, ((2, 5, 8), (2, 6))),
+    "attention_a.0": (lambda: GatedAttentionPool(8, 4, 2), eager_gated, ((2, 5, 8),)),
+    "attention_b.0": (lambda: GatedAttentionPool(8, 4), eager_gated, ((2, 5, 8),)),
+    "attention_c": (lambda: GatedAttentionPool(8, 4), eager_gated, ((2, 5, 8),)),
+    "module.0": (ungated, eager_ungated, ((2, 5, 8),)),
+    "module.2": (ungated, eager_ungated, ((2, 5, 8),)),
+}
+
+
+@pytest.mark.filterwarnings("ignore:.*weight_norm")
+@pytest.mark.parametrize("name", LAYERS)
+@pytest.mark.parametrize("alter", ALTERED.values(), ids=ALTERED)
+def test_altered_layers_are_called_and_it_is_said_once(alter, name, said):
+    make, eager, shapes = LAYERS[name]
+    check(seeded(make()), eager, name, alter, [noise(*shape) for shape in shapes], said)
+
+
+@pytest.mark.parametrize(
+    ("name", "layer", "why"),
+    [
+        ("attention_a.1", nn.ReLU(), "is ReLU()"),
+        ("attention_b.1", nn.Tanh(), "is Tanh()"),
+        ("attention_b", nn.Sequential(nn.Linear(8, 4)), "has other layers"),
+        (
+            "attention_a",
+            nn.Sequential(nn.Linear(8, 4), nn.Tanh(), nn.Softsign()),
+            "has other layers",
+        ),
+        ("module.1", nn.GELU("tanh"), "is GELU(approximate='tanh')"),
+        ("module", nn.Linear(8, 2), "is Linear(in_features=8, out_features=2, bias=True)"),
+    ],
+)
+def test_other_layers_of_the_gated_scorer_are_called(name, layer, why, said):
+    pool = ungated() if name.startswith("module") else GatedAttentionPool(8, 4, 2)
+    before = seeded(pool)(noise(2, 5, 8))
+    replace(pool, name, layer.double())
+    want = (eager_ungated if name.startswith("module") else eager_gated)(pool, noise(2, 5, 8))
+    torch.testing.assert_close(pool(noise(2, 5, 8)), want)
+    assert not torch.allclose(want, before)
+    assert said == [f"GatedAttentionPool is computed layer by layer: its {name} {why}"]
+
+
+@pytest.mark.parametrize("name", [*LAYERS, "attention_a", "attention_b.1", "module", "module.1"])
+@pytest.mark.parametrize("layout", ["rows", "channels first", "map", "bags"])
+def test_observed_layers_change_nothing(name, layout, said):
+    key = next(k for k in LAYERS if k.partition(".")[0] == name.partition(".")[0])
+    make, _, (_, *others) = LAYERS[key]
+    pool = seeded(make())
+    x = noise(2, 6, 8)
+    call = {"mask": torch.tensor([[True] * 4 + [False] * 2, [False] * 6])}
+    if layout == "bags":
+        x, call = noise(6, 8), {"offsets": torch.tensor([0, 4, 6])}
+    elif layout != "rows":
+        pool.options["channels_first"] = layout == "channels first"
+        x = x.mT.contiguous() if layout == "channels first" else x.mT.reshape(2, 8, 3, 2)
+    call |= {"return_weights": True, "return_scores": True, "return_lse": True}
+    check_observed(pool, name, [x, *(noise(*shape) for shape in others)], said, **call)
+
+
+@pytest.mark.parametrize("shape", [(2, 3, 6), (1, 3, 6), (1, 6)])
+@pytest.mark.parametrize("bags", [False, True], ids=["samples", "bags"])
+def test_observed_additive_pools_of_many_queries(shape, bags, said):
+    pool = seeded(AdditiveAttentionPool(8, 6, 4))
+    x, call = noise(2, 6, 8), {"return_weights": True}
+    if bags:
+        x, call = noise(6, 8), {"return_weights": True, "offsets": torch.tensor([0, 4, 6])}
+    check_observed(pool, "full_att", (x, noise(*shape)), said, **call)
+
+
+def test_a_folded_query_pool_whose_kv_is_observed(said):
+    pool = seeded(QueryAttentionPool(8, heads=2, queries=3, pool="", fold=True))
+    check_observed(pool, "kv", (noise(2, 5, 8),), said)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_observed_pools_under_autocast_and_in_low_precision(name, said):
+    make, _, shapes = LAYERS[name]
+    pool = seeded(make()).float()
+    inputs = [noise(*shape).float() for shape in shapes]
+    want = pool(*inputs)
+    observe(pool, name)
+    with torch.autocast("cpu", torch.bfloat16):
+        low = pool(*inputs)
+    half = pool.bfloat16()(*(x.bfloat16() for x in inputs))
+    assert half.dtype == low.dtype == torch.bfloat16
+    torch.testing.assert_close(low.float(), want, rtol=0.05, atol=0.05)
+    torch.testing.assert_close(half.float(), want, rtol=0.05, atol=0.05)
+
+
+@pytest.mark.parametrize("name", LAYERS)
+def test_parametrized_layers_are_inlined(name, said):
+    make, eager, shapes = LAYERS[name]
+    pool, given = seeded(make()).eval(), [noise(*shape) for shape in shapes]
+    parametrizations.spectral_norm(pool.get_submodule(name))
+    torch.testing.assert_close(pool(*given), eager(pool, *given))
+    assert not said
+
+
+@pytest.mark.parametrize("name", ["kv", "full_att", "attention_a.0", "module.0"])
+def test_plain_and_altered_modules_compile_whole(name):
+    make, eager, shapes = LAYERS[name]
+    pool, given = seeded(make()), [noise(*shape) for shape in shapes]
+    for _ in range(2):
+        compiled = torch.compile(pool, fullgraph=True, backend="aot_eager")
+        torch.testing.assert_close(compiled(*given), eager(pool, *given))
+        replace(pool, name, Lora(pool.get_submodule(name)))
+
+
+def test_norms_of_a_context_pool_are_its_own():
+    module = ContextAttentionPool(8, 2)
+    parametrizations.weight_norm(module)
+    x = torch.randn(2, 5, 8)
+    want = F.linear(x, module.weight, module.bias).softmax(1).mT @ x
+    torch.testing.assert_close(module(x), want)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function
 
 from attnkern import _checks
-from attnkern._layers import plain, weight_and_bias, whole_patches
+from attnkern._layers import plain, say_once, weight_and_bias, whole_patches
 from attnkern._select import IMPLS
 from attnkern.ops.attention_gate.checks import GATES, UPSAMPLINGS
 from attnkern.ops.attention_gate.functions import attention_gate
@@ -50,15 +49,6 @@ def synchronised(norm: Any, x: Tensor) -> bool:
     )
 
 
-_said: set[str] = set()
-
-
-def _say_once(text: str) -> None:
-    if text not in _said and not torch.compiler.is_compiling():
-        _said.add(text)
-        warnings.warn(text, stacklevel=6)
-
-
 def gated(x: Tensor, g: Tensor, **arguments: Any) -> Any:
     """`attention_gate` of plain maps; a subclass, as MONAI's MetaTensor, wraps what comes out."""
     if _wraps(x) or _wraps(g):
@@ -86,7 +76,7 @@ _LAYERS: dict[int, Any] = {
 }
 _CONVOLUTIONS = tuple(conv for conv, _ in _LAYERS.values())
 _NORMS = (*(norm for _, norm in _LAYERS.values()), nn.SyncBatchNorm)
-_NORM_NAMES = ("theta_norm", "phi_norm", "psi_norm", "W.1")
+_NORM_NAMES = ("theta_norm", "phi_norm", "psi_norm")
 
 
 class AttentionGate(nn.Module):
@@ -207,30 +197,30 @@ class AttentionGate(nn.Module):
         return gated(x, g, **self._arguments()) if self._inlinable(x) else self._by_layers(x, g)
 
     def _inlinable(self, x: Tensor) -> bool:
-        if layer := self._altered():
-            _say_once(f"{type(self).__name__} is computed layer by layer: its {layer} was altered")
+        if (altered := self._altered()) is not None:
+            say_once(self, altered)
             return False
         return not any(synchronised(norm, x) for norm in self._norms())
 
-    def _altered(self) -> str | None:
+    def _altered(self) -> nn.Module | None:
         """The layer whose parameters and statistics do not say what it computes."""
         m: Any = self._modules
-        convs = [(name, m[name]) for name in ("theta", "phi", "psi")]
+        convs = [m["theta"], m["phi"], m["psi"]]
         if (out := m.get("W")) is not None:
             if not plain(out, (nn.Sequential,)) or [*out._modules] != ["0", "1"]:
-                return "W"
-            convs.append(("W.0", out._modules["0"]))
-        for name, conv in convs:
+                return out
+            convs.append(out._modules["0"])
+        for conv in convs:
             if not plain(conv, _CONVOLUTIONS) or not whole_patches(conv):
-                return name
-        for name, norm in zip(_NORM_NAMES, self._norms(), strict=False):
+                return conv
+        for norm in self._norms():
             if norm is not None and not plain(norm, _NORMS):
-                return name
+                return norm
         return None
 
     def _norms(self) -> list[Any]:
         m: Any = self._modules
-        norms = [m.get(name) for name in _NORM_NAMES[:3]]
+        norms = [m.get(name) for name in _NORM_NAMES]
         return norms if m.get("W") is None else [*norms, m["W"][1]]
 
     def _arguments(self) -> dict[str, Any]:

@@ -9,16 +9,22 @@ import torch
 from torch import Tensor, nn
 
 from attnkern import _checks
-from attnkern._layers import weight_and_bias
+from attnkern._layers import first_altered, plain, say_once, weight_and_bias
 from attnkern._select import IMPLS
+from attnkern.ops.softmax_pool import layered
 from attnkern.ops.softmax_pool.functions import (
     additive_attention_pool,
     context_attention_pool,
     gated_attention_pool,
     softmax_pool,
 )
-from attnkern.ops.softmax_pool.query import query_attention_pool
+from attnkern.ops.softmax_pool.keys import from_multihead_attention, from_other_scorers
+from attnkern.ops.softmax_pool.query import halves, query_attention_pool
 from attnkern.ops.softmax_pool.reference import ACTS
+
+_ACTS = {"tanh": nn.Tanh, "relu": nn.ReLU, "gelu": nn.GELU}
+_LINEAR = (nn.Linear,)
+_BRANCH = (nn.Sequential, nn.Linear)
 
 
 class _Pool(nn.Module):
@@ -130,6 +136,9 @@ class QueryAttentionPool(_Pool):
         fold, temperature, channels_first, impl: as for `query_attention_pool`, whose other options
             (mask, bias, offsets, ``return_...``) go to the call.
 
+    A ``kv`` that is more than its parameters (hooks, another class as LoRA's) is called on every item,
+    which then is not folded.
+
     Source: Lee et al., Set Transformer, arXiv:1810.00825; Zhai et al., arXiv:2106.04560 (MAP head).
 
     >>> QueryAttentionPool(64, heads=4)(torch.randn(2, 50, 64)).shape
@@ -185,12 +194,17 @@ class QueryAttentionPool(_Pool):
                 "fc2": nn.Linear(hidden, out, **factory),
             }
             self.mlp = nn.Sequential(OrderedDict(layers))
-        self.register_load_state_dict_pre_hook(_from_multihead_attention)
+        self.register_load_state_dict_pre_hook(from_multihead_attention)
 
     def forward(self, x: Tensor, **call: Any) -> Any:
-        return self._head(
-            query_attention_pool(x, self.q(self.latent), **_halves(self.kv), **self.options, **call)
-        )
+        return self._head(self._pool(x, self.q(self.latent), **self.options, **call))
+
+    def _pool(self, x: Tensor, q: Tensor, **options: Any) -> Any:
+        kv: Any = self._modules["kv"]
+        if plain(kv, _LINEAR):
+            return query_attention_pool(x, q, **halves(kv), **options)
+        say_once(self, kv)
+        return layered.query(kv, x, q, **options)
 
     def _head(self, pooled: Any) -> Any:
         """What follows the pool; weights, scores and lse pass."""
@@ -222,6 +236,9 @@ class AdditiveAttentionPool(_Pool):
         bias: whether the three layers have one.
         temperature, channels_first, impl: as for `additive_attention_pool`, whose other options
             (mask, bias, offsets, ``return_...``) go to the call.
+
+    A ``full_att`` that is more than its parameters (hooks, another class as LoRA's) is called on every
+    hidden unit, all of which are then stored.
 
     >>> attention = AdditiveAttentionPool(64, 32, hidden=16)
     >>> x = torch.randn(2, 49, 64)
@@ -257,15 +274,20 @@ class AdditiveAttentionPool(_Pool):
         return self.encoder_att(x)
 
     def forward(self, x: Tensor, h: Tensor, keys: Tensor | None = None, **call: Any) -> Any:
-        return additive_attention_pool(
-            keys=self.project_keys(x) if keys is None else keys,
-            values=x,
-            query=self.decoder_att(h),
-            v=self.full_att.weight,
-            c=self.full_att.bias,
+        return self._pool(
+            self.project_keys(x) if keys is None else keys,
+            x,
+            self.decoder_att(h),
             **self.options,
             **call,
         )
+
+    def _pool(self, keys: Tensor, x: Tensor, q: Tensor, **options: Any) -> Any:
+        full_att: Any = self._modules["full_att"]
+        if plain(full_att, _LINEAR):
+            return additive_attention_pool(keys, x, q, *weight_and_bias(full_att), **options)
+        say_once(self, full_att)
+        return layered.additive(full_att, keys, x, q, **options)
 
 
 class GatedAttentionPool(_Pool):
@@ -274,7 +296,9 @@ class GatedAttentionPool(_Pool):
     Parameters are keyed as CLAM's ``Attn_Net_Gated`` (``attention_a.0``, ``attention_b.0``,
     ``attention_c``) or, ungated, its ``Attn_Net`` (``module.0``, ``module.2``): state dicts load
     both ways.  Those of ABMIL, torchmil's ``AttentionPool``, MONAI's ``MILModel.attention`` and
-    CLAM trained with dropout load too.  Dropout inside the scorer is not served.
+    CLAM trained with dropout load too.
+
+    A scorer whose layers are more than their parameters (hooks, another class, dropout) is called.
 
     Args:
         features: D of the instances.
@@ -315,21 +339,54 @@ class GatedAttentionPool(_Pool):
         V = nn.Linear(features, hidden, bias, **factory)
         w = nn.Linear(hidden, branches, out_bias, **factory)
         if gated:
-            self.attention_a = nn.Sequential(V)
-            self.attention_b = nn.Sequential(nn.Linear(features, hidden, bias, **factory))
+            U = nn.Linear(features, hidden, bias, **factory)
+            self.attention_a = nn.Sequential(V, _ACTS[act]())
+            self.attention_b = nn.Sequential(U, nn.Sigmoid())
             self.attention_c = w
         else:
-            self.module = nn.Sequential(OrderedDict({"0": V, "2": w}))
-        self.register_load_state_dict_pre_hook(_from_other_scorers)
+            self.module = nn.Sequential(V, _ACTS[act](), w)
+        self.register_load_state_dict_pre_hook(from_other_scorers)
 
     def forward(self, x: Tensor, **call: Any) -> Any:
-        return gated_attention_pool(x, **self._weights(), **self.options, **call)
+        return (
+            gated_attention_pool(x, **self._weights(), **self.options, **call)
+            if self._altered() is None
+            else self._by_layers(x, **self.options, **call)
+        )
+
+    def _altered(self) -> nn.Module | None:
+        """The layer whose parameters do not say what it computes."""
+        m: Any = self._modules
+        act, ungated = _ACTS[self.options["act"]], "module" in m
+        a = m["module" if ungated else "attention_a"]
+        layers, classes = (a, *a._modules.values()), (*_BRANCH, act)
+        if len(layers) != (4 if ungated else 3):
+            return a
+        if ungated:
+            altered = first_altered(layers, (*classes, nn.Linear))
+        elif len((b := m["attention_b"])._modules) != 2:
+            return b
+        else:
+            layers = (*layers, b, *b._modules.values(), m["attention_c"])
+            altered = first_altered(layers, (*classes, *_BRANCH, nn.Sigmoid, nn.Linear))
+        tanh = altered is None and act is nn.GELU and layers[2].approximate != "none"
+        return layers[2] if tanh else altered
+
+    def _by_layers(self, x: Tensor, act: str, **options: Any) -> Any:
+        if (altered := self._altered()) is not None:
+            say_once(self, altered)
+        return layered.gated(self._scores, x, **options)
+
+    def _scores(self, x: Tensor) -> Tensor:
+        if "module" in self._modules:
+            return self.module(x)
+        return self.attention_c(self.attention_a(x) * self.attention_b(x))
 
     def _weights(self) -> dict[str, Any]:
         """Past ``Module.__getattr__``, which takes 14 us of 47 on a small bag."""
         children: dict[str, Any] = self._modules
         if "module" in children:
-            first, last = children["module"]._modules.values()
+            first, _, last = children["module"]._modules.values()
             gate: Any = (None, None)
         else:
             first, second = (children[f"attention_{branch}"]._modules["0"] for branch in "ab")
@@ -340,55 +397,3 @@ class GatedAttentionPool(_Pool):
 
 def _common(temperature: float, channels_first: bool, impl: str) -> dict[str, Any]:
     return {"temperature": temperature, "channels_first": channels_first, "impl": impl}
-
-
-def _halves(kv: nn.Linear) -> dict[str, Any]:
-    """The key and value halves of a fused projection, as `query_attention_pool` names them."""
-    k_weight, v_weight = kv.weight.chunk(2)
-    k_bias, v_bias = (None, None) if kv.bias is None else kv.bias.chunk(2)
-    return {"k_weight": k_weight, "k_bias": k_bias, "v_weight": v_weight, "v_bias": v_bias}
-
-
-# ------------------------------------------------------------------ other libraries' keys
-
-_MULTIHEAD = {
-    "probe": "latent",
-    "attention.out_proj.": "proj.",
-    "layernorm.": "norm.",
-}
-_GATED = {
-    **{"attention_V.0.": "attention_a.0.", "attention_U.0.": "attention_b.0."},  # ABMIL
-    "attention_w.": "attention_c.",
-    **{"fc1.module.": "attention_a.0.", "fc_gated.module.": "attention_b.0."},  # torchmil
-    "fc2.": "attention_c.",
-}
-_PLAIN = {
-    "module.3.": "module.2.",  # CLAM with dropout between
-    **{"attention.0.": "module.0.", "attention.2.": "module.2."},  # ABMIL, MONAI
-    **{"fc1.module.": "module.0.", "fc2.": "module.2."},  # torchmil
-}
-
-
-def _rename(state: dict[str, Any], prefix: str, names: dict[str, str]) -> None:
-    for key in list(state):
-        if key.startswith(prefix):
-            own = key.removeprefix(prefix)
-            for theirs, ours in names.items():
-                if own.startswith(theirs):
-                    state[prefix + ours + own.removeprefix(theirs)] = state.pop(key)
-                    break
-
-
-def _from_multihead_attention(
-    module: nn.Module, state: dict[str, Any], prefix: str, *_: Any
-) -> None:
-    _rename(state, prefix, _MULTIHEAD)
-    for kind in ("weight", "bias"):
-        fused = state.pop(f"{prefix}attention.in_proj_{kind}", None)
-        if fused is not None:
-            q, kv = fused.split([len(fused) // 3, 2 * len(fused) // 3])
-            state[f"{prefix}q.{kind}"], state[f"{prefix}kv.{kind}"] = q, kv
-
-
-def _from_other_scorers(module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
-    _rename(state, prefix, _PLAIN if "module" in module._modules else _GATED)

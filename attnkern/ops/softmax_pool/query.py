@@ -136,6 +136,13 @@ def query_attention_pool(
     return results_of(z, results, common, v.dtype, single, heads > 1)
 
 
+def halves(kv: Any) -> dict[str, Any]:
+    """The key and value halves of a fused projection, as `query_attention_pool` names them."""
+    k_weight, v_weight = kv.weight.chunk(2)
+    k_bias, v_bias = (None, None) if kv.bias is None else kv.bias.chunk(2)
+    return {"k_weight": k_weight, "k_bias": k_bias, "v_weight": v_weight, "v_bias": v_bias}
+
+
 def _projected(
     x: Tensor,
     keys: Tensor | None,

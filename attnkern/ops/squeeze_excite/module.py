@@ -8,10 +8,10 @@ import torch
 from torch import Tensor, nn
 
 from attnkern import _activations, _checks
-from attnkern._layers import weight_and_bias
+from attnkern._layers import plain, say_once, weight_and_bias
 from attnkern._select import IMPLS
-from attnkern.ops.squeeze_excite.op import squeeze_excite
-from attnkern.ops.squeeze_excite.reference import ACTS, APPLIES, GATES, OUT_ACTS
+from attnkern.ops.squeeze_excite.op import excite, squeeze, squeeze_excite
+from attnkern.ops.squeeze_excite.reference import ACTS, APPLIES, GATES, OUT_ACTS, activation
 
 
 def make_divisible(value: float, divisor: int) -> int:
@@ -21,6 +21,9 @@ def make_divisible(value: float, divisor: int) -> int:
 
 _ALIASES = {"swish": "silu", "hard_swish": "hardswish", "hardsigmoid": "hard_sigmoid"}
 """timm's names of activations that have another one here."""
+
+_LAYERS = (nn.Conv2d, nn.Conv1d, nn.Conv3d, nn.Linear)
+_PRELU = (nn.PReLU,)
 
 
 class SqueezeExcite(nn.Module):
@@ -41,6 +44,9 @@ class SqueezeExcite(nn.Module):
             `squeeze_excite`; ``act="prelu"`` has one slope.
         act_layer, gate_layer: timm's way to give act and gate: a name or a module class.
         spatial_dims: trailing ones of the weights' shape, 1 to 3 (the input may have any).
+
+    A layer that is more than its parameters, with hooks (those of ``weight_norm`` and pruning too) or
+    of another class (LoRA, another ``act``), is called: only squeeze and rescale are fused then.
 
     Source: Hu et al., Squeeze-and-Excitation Networks, arXiv:1709.01507.
 
@@ -111,18 +117,51 @@ class SqueezeExcite(nn.Module):
     def forward(
         self, x: Tensor, residual: Tensor | None = None, drop_path: Tensor | None = None
     ) -> Tensor:
-        return squeeze_excite(
-            x,
-            *weight_and_bias(self._modules["fc1"]),
-            *weight_and_bias(self._modules["fc2"]),
-            act_weight=None if self.act is None else self.act.weight,
-            residual=residual,
-            drop_path=drop_path,
-            **self.options,
+        return (
+            squeeze_excite(
+                x,
+                *weight_and_bias(self._modules["fc1"]),
+                *weight_and_bias(self._modules["fc2"]),
+                act_weight=None if self.act is None else self.act.weight,
+                residual=residual,
+                drop_path=drop_path,
+                **self.options,
+            )
+            if self._altered() is None
+            else self._by_layers(x, residual, drop_path)
         )
+
+    def _altered(self) -> nn.Module | None:
+        """The layer whose parameters do not say what it computes."""
+        layers: Any = self._modules
+        if not plain(fc1 := layers["fc1"], _LAYERS):
+            return fc1
+        if not plain(fc2 := layers["fc2"], _LAYERS):
+            return fc2
+        if (act := layers.get("act")) is None:
+            return None
+        return None if self.options["act"] == "prelu" and plain(act, _PRELU) else act
+
+    def _by_layers(self, x: Tensor, residual: Tensor | None, drop_path: Tensor | None) -> Tensor:
+        """Squeeze and rescale around the layers themselves."""
+        if (altered := self._altered()) is not None:
+            say_once(self, altered)
+        o = dict(self.options)
+        act, slope = o.pop("act"), o.pop("act_slope")
+        m = squeeze(x, impl=o["impl"])
+        h = _called(self.fc1, m.to(x.dtype))
+        h = activation(h, act, slope) if self.act is None else self.act(h)
+        z = _called(self.fc2, h).flatten(1).to(m.dtype)
+        return excite(x, z, residual=residual, drop_path=drop_path, **o)
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _called(layer: nn.Module, v: Tensor) -> Tensor:
+    """``layer`` of vectors v [B, C, 1...], which a convolution takes as maps of one position."""
+    dims = max((p.dim() for p in layer.parameters()), default=v.dim())
+    return layer(v.reshape(*v.shape[:2], *(1,) * (dims - 2)))
 
 
 def _resolve(
