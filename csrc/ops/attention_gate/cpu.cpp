@@ -18,7 +18,7 @@ struct ForwardCall : Call {
   }
   void run() const {
     kernels.pack(p, {}, {}, weights);
-    each_unit([&](int64_t, const Unit& unit, const Scratch& s) { kernels.forward(params, weights, unit, s); });
+    each_units([&](const Units& some, const Scratch& s) { kernels.forward(params, weights, some, s); });
   }
 };
 
@@ -60,9 +60,9 @@ struct BackwardCall : Call {
     take_scratch(arena);
     groups.take(arena, *this, params.dtheta ? bias_at() + 2 * width + kPad : 0);
     if (slabbed) {
-      slabs = static_cast<Slab*>(arena.take(cut.units, sizeof(Slab)));
-      for (int64_t i = 0; i < cut.units; ++i) {
-        const Range own = slab_of(p, cut.at(i, positions));
+      slabs = static_cast<Slab*>(arena.take(units.last, sizeof(Slab)));
+      for (int64_t i = 0; i < units.last; ++i) {
+        const Range own = slab_of(p, units.at(i));
         void* data = arena.take((own.end - own.begin) * width, size);
         if (slabs) slabs[i] = {own, data};
       }
@@ -73,8 +73,8 @@ struct BackwardCall : Call {
   void run() const {
     if (!params.dx.data && !params.dg.data && !params.dtheta) return;
     kernels.pack(p, params.theta_branch, params.phi_branch, weights);
-    groups.each_unit(*this, [&](void* own, int64_t i, const Unit& unit, const Scratch& s) {
-      kernels.backward(params, weights, unit, s, sums_at(own), slabbed ? slabs[i] : Slab{});
+    groups.each(*this, [&](const Units& some, void* own, const Scratch& s) {
+      kernels.backward(params, weights, some, s, sums_at(own), slabs);
     });
     merge_weights();
     if (slabbed) merge_slabs();
@@ -101,12 +101,12 @@ struct BackwardCall : Call {
   }
 
   void merge_slabs() const {
-    const int64_t all = volume(n.g), pieces = ceil_div(all, cut.tile);
+    const int64_t all = volume(n.g), pieces = ceil_div(all, tile);
     share(pool, lanes, n.batch * pieces, [&](int64_t i, int64_t lane) {
-      const int64_t b = i / pieces, begin = i % pieces * cut.tile;
+      const int64_t b = i / pieces, begin = i % pieces * tile;
       const Scratch s = lane_scratch(lane);
-      kernels.merge_slabs(params, b, {begin, std::min(begin + cut.tile, all)}, slabs + b * cut.per_sample,
-                          cut.per_sample, s.t, s.columns);
+      kernels.merge_slabs(params, b, {begin, std::min(begin + tile, all)}, slabs + b * units.per_sample,
+                          units.per_sample, s.t, s.columns);
     });
   }
 };
@@ -126,10 +126,10 @@ struct SumsCall : Call {
   }
   void run() const {
     kernels.pack(p, {params.theta_scale, nullptr, nullptr}, {params.phi_scale, nullptr, nullptr}, weights);
-    groups.each_unit(*this, [&](void* own, int64_t, const Unit& unit, const Scratch& s) {
+    groups.each(*this, [&](const Units& some, void* own, const Scratch& s) {
       Sums sums{};
       sums.dh = own, sums.dht = at(own, width), sums.dhu = at(own, 2 * width);
-      kernels.sums(params, weights, unit, s, sums);
+      kernels.sums(params, weights, some, s, sums);
     });
     groups.add(*this, 0, n.hidden, params.dh);
     groups.add(*this, width, n.hidden, params.dht);
@@ -149,7 +149,6 @@ Inputs inputs_of(const MomentsParams& p) {
 struct MomentsCall : Call {
   const MomentsParams& params;
   void* parts = nullptr;
-  Unit* units = nullptr;
   MomentsCall(const MomentsParams& params, const Inputs& p, const ThreadPool& pool, const CpuKernels& kernels)
       : Call{.p = p, .pool = pool, .kernels = kernels, .split = false, .backward = false}, params(params) {}
 
@@ -157,27 +156,23 @@ struct MomentsCall : Call {
     cpu::Arena arena(workspace);
     take_weights(arena);
     take_scratch(arena);
-    parts = arena.take(cut.units * 2 * width, size);
-    units = static_cast<Unit*>(arena.take(cut.units, sizeof(Unit)));
+    parts = arena.take(units.last * 2 * width, size);
     return static_cast<size_t>(arena.used());
   }
   void run() const {
     kernels.pack(p, {}, {}, weights);
-    each_unit([&](int64_t i, const Unit& unit, const Scratch& s) {
-      units[i] = unit;
-      kernels.moments(p, weights, unit, s, at(parts, 2 * i * width));
-    });
-    kernels.merge_moments(params, parts, units, cut.units);
+    each_units([&](const Units& some, const Scratch& s) { kernels.moments(p, weights, some, s, parts); });
+    kernels.merge_moments(params, parts, units);
   }
 };
 
 template <class Params, class Kernel>
 void apply_units(const Params& p, const ThreadPool& pool, int64_t maps, const Kernel& kernel) {
-  const Cut cut(p.batch, p.length, 256, kUnits);
+  const Units units = cut(p.batch, p.length, 256, kUnits);
   const int64_t bytes = p.batch * p.length * p.channels * size_of(p.dtype);
   const bool streaming = maps * bytes > 2 * cpu::l3_bytes();
-  share(pool, lanes_for(pool, cut.units, bytes), cut.units,
-        [&](int64_t i, int64_t) { kernel(p, cut.at(i, p.length), streaming); });
+  share(pool, lanes_for(pool, units.last, bytes), units.last,
+        [&](int64_t i, int64_t) { kernel(p, units.at(i), streaming); });
 }
 
 }  // namespace

@@ -15,27 +15,20 @@
 namespace attnkern::attention_gate {
 
 constexpr int64_t kUnits = 64;            // units to share among threads, where there are so many tiles
+constexpr int64_t kRuns = 8;              // of units a thread, so that few tiles are waited for
 constexpr int64_t kSlabUnits = 16;        // where each has a part of dg, that meets the next in two rows or planes of g
 constexpr int64_t kGrainBytes = 1 << 16;  // of maps a thread should get, 5 us of work against 5 us to wake it
 constexpr int64_t kMergePiece = 1 << 12;  // elements of the weights' gradients
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
-// How the positions of a batch are cut, the same for any number of threads.
-struct Cut {
-  int64_t tile, unit, per_sample, units;
-  Cut(int64_t batch, int64_t positions, int64_t tile, int64_t wanted) : tile(tile) {
-    const int64_t tiles = std::max<int64_t>(1, ceil_div(positions, tile));
-    const int64_t long_ones = ceil_div(tiles * batch, wanted);
-    unit = tile * ceil_div(tiles, ceil_div(tiles, std::max<int64_t>(1, long_ones)));
-    per_sample = ceil_div(positions, unit);
-    units = per_sample * batch;
-  }
-  Unit at(int64_t i, int64_t positions) const {
-    const int64_t b = i / per_sample, begin = i % per_sample * unit;
-    return {b, begin, std::min(begin + unit, positions)};
-  }
-};
+// How the positions of a batch are cut, the same for any number of threads: all its units.
+inline Units cut(int64_t batch, int64_t positions, int64_t tile, int64_t wanted) {
+  const int64_t tiles = std::max<int64_t>(1, ceil_div(positions, tile));
+  const int64_t length = tile * ceil_div(tiles, ceil_div(tiles, std::max<int64_t>(1, ceil_div(tiles * batch, wanted))));
+  const int64_t per_sample = ceil_div(positions, length);
+  return {length, per_sample, positions, 0, per_sample * batch};
+}
 
 // f(i, lane) for i < n on `lanes` threads of the pool, each on the next that is free
 template <class F>
@@ -98,9 +91,10 @@ struct Call {
   bool last = channels_last(p.x), widened = p.dtype != accumulation(p.dtype);
   bool copies_x = !last || widened || volume(n.kernel) != 1, copies_g = p.phi && (!last || widened);
   int64_t width = padded(n.hidden), ld = leading(n.hidden);
-  Cut cut{n.batch, positions, tile_size(), slabbed ? kSlabUnits : kUnits};
-  int64_t lanes = lanes_for(pool, cut.units, map_bytes() * (1 + n.hidden / 8));
-  int64_t range = p.phi || !p.taps ? 0 : coarse_range(p, cut.tile);
+  int64_t tile = tile_size();
+  Units units = cut(n.batch, positions, tile, slabbed ? kSlabUnits : kUnits);
+  int64_t lanes = lanes_for(pool, units.last, map_bytes() * (1 + n.hidden / 8));
+  int64_t range = p.phi || !p.taps ? 0 : coarse_range(p, tile);
 
   Weights weights{};
   void* scratch = nullptr;  // a lane's at multiples of scratch_bytes
@@ -110,9 +104,9 @@ struct Call {
   int64_t map_bytes() const { return n.batch * (n.channels * volume(n.x) + n.gating * volume(n.g)) * size_of(p.dtype); }
   // What a tile's operands and hidden rows take should stay in L2.
   int64_t tile_size() const {
-    const int64_t floats = terms(n) + (p.phi ? n.gating : n.hidden) + (with_d ? target_channels() : 0) +
+    const int64_t floats = 2 * (terms(n) + (p.phi ? n.gating : n.hidden) + (with_d ? target_channels() : 0)) +
                            (1 + split + (backward && !last)) * ld;
-    return std::clamp<int64_t>(cpu::l2_bytes() / 2 / (floats * size) / 16 * 16, 64, 256);
+    return std::clamp<int64_t>(cpu::l2_bytes() * 3 / 4 / (floats * size) / 16 * 16, 64, 128);
   }
 
   void take_weights(cpu::Arena& arena) {
@@ -132,20 +126,22 @@ struct Call {
   Scratch lane_scratch(int64_t lane, int64_t* bytes = nullptr) const {
     cpu::Arena arena(scratch ? static_cast<std::byte*>(scratch) + lane * scratch_bytes : nullptr);
     Scratch s{};
-    s.tile = cut.tile;
-    s.ld = leading(cut.tile);
+    s.tile = tile;
+    s.ld = leading(tile);
     s.streaming = maps * map_bytes() > 2 * cpu::l3_bytes();
     const auto operand = [&](int64_t channels) {
-      return arena.take(last ? cut.tile * leading(channels) : channels * s.ld, size);
+      return arena.take(last ? tile * leading(channels) : channels * s.ld, size);
     };
-    if (copies_x) s.x = operand(terms(n));
-    if (copies_g) s.g = operand(n.gating);
-    if (with_d && !last) s.d = operand(target_channels());
-    s.t = arena.take(cut.tile * ld, size);
-    if (split) s.u = arena.take(cut.tile * ld, size);
+    for (int i = 0; i < 2; ++i) {
+      if (copies_x && (i == 0 || volume(n.kernel) == 1)) s.x[i] = operand(terms(n));
+      if (copies_g) s.g[i] = operand(n.gating);
+      if (with_d && (!last || widened)) s.d[i] = operand(target_channels());
+    }
+    s.t = arena.take(tile * ld, size);
+    if (split) s.u = arena.take(tile * ld, size);
     if (backward && !last) s.columns = arena.take(width * s.ld, size);
-    for (void** row : {&s.alpha, &s.dq, &s.dalpha}) *row = arena.take(cut.tile, size);
-    if (volume(n.kernel) != 1) s.line = arena.take(cut.tile * n.kernel[2], size);
+    for (void** row : {&s.alpha, &s.dq, &s.dalpha}) *row = arena.take(tile, size);
+    if (volume(n.kernel) != 1) s.line = arena.take(tile * n.kernel[2], size);
     if (range) {
       s.coarse = arena.take(range * ld, size);
       s.coarse_ld = leading(range);
@@ -157,9 +153,17 @@ struct Call {
 
   void* at(void* base, int64_t elements) const { return static_cast<std::byte*>(base) + elements * size; }
 
+  // f(some units, scratch); how many at once changes no result
   template <class F>
-  void each_unit(const F& f) const {
-    share(pool, lanes, cut.units, [&](int64_t i, int64_t lane) { f(i, cut.at(i, positions), lane_scratch(lane)); });
+  void each_units(const F& f) const {
+    const int64_t runs = std::min(units.last, lanes == 1 ? 1 : kRuns * lanes);
+    share(pool, lanes, runs, [&](int64_t i, int64_t lane) { f(part(i, runs), lane_scratch(lane)); });
+  }
+  Units part(int64_t i, int64_t of) const {
+    Units some = units;
+    some.first = units.last * i / of;
+    some.last = units.last * (i + 1) / of;
+    return some;
   }
 };
 
@@ -172,19 +176,17 @@ struct Groups {
   void take(cpu::Arena& arena, const Call& call, int64_t all) {
     elements = all;
     count = 8;
-    while (count < kUnits && 2 * count * elements * call.size <= call.map_bytes() / 8) count *= 2;
-    count = std::max<int64_t>(1, std::min(count, call.cut.units));
+    while (count < kUnits && 2 * count * elements * call.size <= call.map_bytes() / 16) count *= 2;
+    count = std::max<int64_t>(1, std::min(count, call.units.last));
     data = arena.take(count * elements, call.size);
   }
-  // f(group's sums, unit index, unit, scratch)
+  // f(group's units, sums, scratch)
   template <class F>
-  void each_unit(const Call& call, const F& f) const {
+  void each(const Call& call, const F& f) const {
     share(call.pool, call.lanes, count, [&](int64_t group, int64_t lane) {
       void* own = call.at(data, group * elements);
       std::memset(own, 0, static_cast<size_t>(elements * call.size));
-      const Scratch s = call.lane_scratch(lane);
-      for (int64_t i = call.cut.units * group / count; i < call.cut.units * (group + 1) / count; ++i)
-        f(own, i, call.cut.at(i, call.positions), s);
+      f(call.part(group, count), own, call.lane_scratch(lane));
     });
   }
   // out = the sum over groups of n elements from `first`; out may be the first group's

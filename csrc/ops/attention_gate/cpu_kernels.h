@@ -39,6 +39,15 @@ struct Unit {
   int64_t b, begin, end;
 };
 
+// Units first to last of a batch whose samples are cut into runs of `length` positions, `per_sample` each.
+struct Units {
+  int64_t length, per_sample, positions, first, last;
+  Unit at(int64_t i) const {
+    const int64_t b = i / per_sample, begin = i % per_sample * length;
+    return {b, begin, begin + length < positions ? begin + length : positions};
+  }
+};
+
 // What is packed once a call, in the accumulation dtype. The terms of a t stand in the order [patch, channel].
 struct Weights {
   void* theta;       // [terms, leading(F)]: theta^T, zero beyond F
@@ -53,10 +62,11 @@ enum VectorOf { kBias, kPsi, kThetaScale, kThetaK0, kThetaK1, kPhiScale, kPhiK0,
 struct Scratch {
   int64_t tile, ld;  // leading(tile)
   bool streaming;    // write maps past the caches
-  void *x, *g;       // [terms, ld] or, channels last, [tile, leading(terms)]; null where the map is read in place
-  void* d;           // [channels, ld] of the target; null where it is read in place
-  void *t, *u;       // [tile, leading(F)]; u null where t + u alone is wanted
-  void* columns;     // [padded(F), ld]: the gradient of t or u, channels first
+  // Of this tile and of the next, which is copied meanwhile; null where the map is read in place.
+  void *x[2], *g[2];          // [terms, ld] or, channels last, [tile, leading(terms)]
+  void* d[2];                 // [channels, ld] of the target
+  void *t, *u;                // [tile, leading(F)]; u null where t + u alone is wanted
+  void* columns;              // [padded(F), ld]: the gradient of t or u, channels first
   void *alpha, *dq, *dalpha;  // [tile]
   void* line;                 // a row of patches
   void* coarse;               // [range, leading(F)]: positions of g along its last dim, between rows of the others
@@ -81,17 +91,18 @@ struct Slab {
 
 struct CpuKernels {
   void (*pack)(const Inputs&, const Branch& theta, const Branch& phi, const Weights&);
-  void (*forward)(const ForwardParams&, const Weights&, const Unit&, const Scratch&);
-  void (*backward)(const BackwardParams&, const Weights&, const Unit&, const Scratch&, const Sums&, const Slab&);
+  void (*forward)(const ForwardParams&, const Weights&, const Units&, const Scratch&);
+  // `slabs` has one for each unit of the batch, or is null.
+  void (*backward)(const BackwardParams&, const Weights&, const Units&, const Scratch&, const Sums&, const Slab* slabs);
   // dx of sample b in the rows that no patch covers.
   void (*uncovered)(const BackwardParams&, int64_t b);
   // dg of sample b at `positions`, from the slabs of its units; rows [positions, leading(F)] and columns are scratch.
   void (*merge_slabs)(const BackwardParams&, int64_t b, Range positions, const Slab* slabs, int64_t count, void* rows,
                       void* columns);
-  void (*sums)(const SumsParams&, const Weights&, const Unit&, const Scratch&, const Sums&);
-  // Of t = theta x over a unit: the mean and the squares about it, [2, padded(F)].
-  void (*moments)(const Inputs&, const Weights&, const Unit&, const Scratch&, void* out);
-  void (*merge_moments)(const MomentsParams&, const void* parts, const Unit* units, int64_t count);
+  void (*sums)(const SumsParams&, const Weights&, const Units&, const Scratch&, const Sums&);
+  // Of t = theta x, for each unit of the batch: the mean and the squares about it, [units, 2, padded(F)].
+  void (*moments)(const Inputs&, const Weights&, const Units&, const Scratch&, void* parts);
+  void (*merge_moments)(const MomentsParams&, const void* parts, const Units&);
   // out = the sum of `count` arrays of n elements that stand `stride` elements apart; may be the first of them.
   void (*add)(DType acc, const void* parts, int64_t stride, int64_t count, void* out, int64_t n);
   // Rows `f` of a weight's gradient [F, channels patch] from its sums [patch channels, padded(F)].

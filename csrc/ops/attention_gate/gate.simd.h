@@ -5,9 +5,29 @@
 //   Layout    maps in place (params.h); a tile's t, u and their gradients are rows [positions, leading(F)] in scratch
 //   Mapping   one call a unit: some positions of one sample on one thread, tile by tile; lanes along F in all products
 //             but theta^T dt of maps channels first, whose lanes are positions
-//   Traffic   x, g and dy are read once, y, dx and dg written once; nothing of size [B, F, L] leaves the cache
+//   Traffic   x, g and dy are read once, the next tile's while this one's products run, y, dx and dg written once;
+//             nothing of size [B, F, L] leaves the cache
 //   Numerics  chains of kChain terms forward, of F backward; weights' gradients add a tile's chain to their group's
 namespace attnkern::attention_gate::ATTNKERN_ISA {
+
+// Some positions of one sample, of unit `index`; none after the last.
+struct Place {
+  int64_t index;
+  Unit unit;
+  int64_t begin, n;
+};
+
+ATTNKERN_INLINE Place place_at(const Units& units, int64_t tile, int64_t index, int64_t begin) {
+  if (index == units.last) return {index, {}, 0, 0};
+  const Unit unit = units.at(index);
+  if (begin < 0) begin = unit.begin;
+  return {index, unit, begin, unit.end - begin < tile ? unit.end - begin : tile};
+}
+
+ATTNKERN_INLINE Place place_after(const Units& units, int64_t tile, const Place& p) {
+  const int64_t end = p.begin + p.n;
+  return end < p.unit.end ? place_at(units, tile, p.index, end) : place_at(units, tile, p.index + 1, -1);
+}
 
 // A tile of positions: its operands and its hidden layer.
 template <class T>
@@ -16,32 +36,58 @@ struct TileOf {
   const Inputs& p;
   const Weights& w;
   const Scratch& s;
+  const ConstMap* with = nullptr;  // dy, on the grid
+  int passes = 1;                  // products with x and g beside whose multiplications the next tile is fetched
   const Sizes& z = p.sizes;
-  bool last = channels_last(p.x), patched = volume(z.kernel) != 1;
-  int64_t b, begin = 0, n = 0;
+  bool last = channels_last(p.x), patched = volume(z.kernel) != 1, of_x = p.target == Target::x;
+  int64_t target_channels = of_x ? z.channels : z.gating;
   int64_t ld = leading(z.hidden), width = padded(z.hidden);
   A *t = static_cast<A*>(s.t), *u = static_cast<A*>(s.u);
-  Operand<A> x{}, g{};
+  int64_t b = 0, begin = 0, n = 0;
+  Operand<A> x{}, g{}, d{};
+  Feed feed{};
 
-  TileOf(const Inputs& p, const Weights& w, const Scratch& s, int64_t b) : p(p), w(w), s(s), b(b) {}
-
-  void load_x(int64_t first, int64_t count) {
-    begin = first, n = count;
-    x = patched ? load_patches<T, A>(p, last, b, begin, n, s)
-                : load_plain<T>(p.x, last, b, begin, n, z.channels, static_cast<A*>(s.x), s.ld);
+  // f(tile, unit index) for the tiles of some units
+  template <class F>
+  void each(const Units& units, const F& f) {
+    Place now = place_at(units, s.tile, units.first, -1);
+    int half = 0;
+    fetch(now, half);
+    feed.finish();
+    for (; now.n; half = 1 - half) {
+      const Place next = place_after(units, s.tile, now);
+      b = now.unit.b, begin = now.begin, n = now.n;
+      x = patched ? load_patches<T, A>(p, last, b, begin, n, s) : of(p.x, z.channels, s.x[half]);
+      if (p.phi) g = of(p.g, z.gating, s.g[half]);
+      if (with) d = of(*with, target_channels, s.d[half]);
+      fetch(next, 1 - half);
+      f(now.index);
+      feed.finish();
+      now = next;
+    }
   }
-  void load_maps(int64_t first, int64_t count) {
-    load_x(first, count);
-    if (p.phi) g = load_plain<T>(p.g, last, b, begin, n, z.gating, static_cast<A*>(s.g), s.ld);
+
+  Operand<A> of(const ConstMap& map, int64_t channels, void* copy) const {
+    return operand<T>(map, last, b, begin, channels, static_cast<A*>(copy), s.ld);
+  }
+  void fetch(const Place& to, int half) {
+    feed = {};
+    const auto add = [&](const ConstMap& map, int64_t channels, void* copy) {
+      feed_map<T>(feed, map, last, to.unit.b, to.begin, to.n, channels, static_cast<A*>(copy), s.ld);
+    };
+    if (to.n && !patched) add(p.x, z.channels, s.x[half]);
+    if (to.n && p.phi) add(p.g, z.gating, s.g[half]);
+    if (to.n && with) add(*with, target_channels, s.d[half]);
+    feed.start(passes * n * width * (terms(z) + (p.phi ? z.gating : 0)));
   }
 
-  void project(const Operand<A>& from, const void* weight, int64_t inner, A* to, bool add) const {
+  void project(const Operand<A>& from, const void* weight, int64_t inner, A* to, bool add) {
     accumulate<A>({from.p, from.position, from.channel}, {static_cast<const A*>(weight), ld}, {to, ld}, n, width, inner,
-                  add);
+                  add, feed);
   }
-  void project_x(bool add) const { project(x, w.theta, terms(z), t, add); }
+  void project_x(bool add) { project(x, w.theta, terms(z), t, add); }
   // t + u where u has no place of its own
-  void hidden() const {
+  void hidden() {
     A* to = u ? u : t;
     if (p.phi)
       project(g, w.phi, z.gating, to, false);
@@ -51,44 +97,31 @@ struct TileOf {
   }
 };
 
-// f(tile) for the tiles of a unit
-template <class F>
-ATTNKERN_INLINE void each_tile(const Unit& unit, int64_t tile, const F& f) {
-  for (int64_t begin = unit.begin; begin < unit.end; begin += tile)
-    f(begin, unit.end - begin < tile ? unit.end - begin : tile);
-}
-
 template <class A>
 ATTNKERN_INLINE void sigmoids(const A* q, int64_t n, A* alpha) {
   each_vector<A>(n, [&](int64_t i, auto access) { access.write(alpha + i, sigmoid(access.read(q + i))); });
 }
 
 template <class T>
-void forward_unit(const ForwardParams& p, const Weights& w, const Unit& unit, const Scratch& s) {
+void forward_units(const ForwardParams& p, const Weights& w, const Units& units, const Scratch& s) {
   using A = Accumulator<T>;
-  TileOf<T> tile(p, w, s, unit.b);
-  A *q = static_cast<A*>(p.q) + unit.b * volume(p.sizes.grid), *alpha = static_cast<A*>(s.alpha);
-  const bool of_x = p.target == Target::x;
-  const int64_t channels = of_x ? p.sizes.channels : p.sizes.gating;
-  each_tile(unit, s.tile, [&](int64_t begin, int64_t n) {
-    tile.load_maps(begin, n);
+  TileOf<T> tile{.p = p, .w = w, .s = s};
+  A* alpha = static_cast<A*>(s.alpha);
+  tile.each(units, [&](int64_t) {
+    A* q = static_cast<A*>(p.q) + tile.b * units.positions + tile.begin;
     tile.hidden();
-    logits(p, w, s, n, q + begin);
+    logits(p, w, s, tile.n, q);
     if (!p.apply) return;
-    sigmoids(q + begin, n, alpha);
-    const ConstMap& map = of_x ? p.x : p.g;
-    if (tile.last)
-      scale_tile<T>(Operand<const T>{element<const T>(map, unit.b, 0, begin), 1, map.stride_position}, alpha, p.y, true,
-                    unit.b, begin, n, channels, s.streaming);
-    else
-      scale_tile<T>(of_x ? tile.x : tile.g, alpha, p.y, false, unit.b, begin, n, channels, s.streaming);
+    sigmoids(q, tile.n, alpha);
+    scale_tile<T>(tile.of_x ? tile.x : tile.g, alpha, p.y, tile.last, tile.b, tile.begin, tile.n, tile.target_channels,
+                  s.streaming);
   });
   if (s.streaming) fence();
 }
 
 // ---- backward
 
-// dq = alpha (1 - alpha) sum_c dy target, plus the given one; alpha and, channels first, dy stay in scratch.
+// dq = alpha (1 - alpha) sum_c dy target, plus the given one; alpha stays in scratch.
 template <class T>
 void logit_gradients(const BackwardParams& p, const TileOf<T>& tile, const Sums& sums) {
   using A = Accumulator<T>;
@@ -96,18 +129,14 @@ void logit_gradients(const BackwardParams& p, const TileOf<T>& tile, const Sums&
   const int64_t at = tile.b * volume(p.sizes.grid) + tile.begin;
   const A* given = p.dq ? static_cast<const A*>(p.dq) + at : nullptr;
   A *dq = static_cast<A*>(s.dq), *alpha = static_cast<A*>(s.alpha), *dalpha = static_cast<A*>(s.dalpha);
-  const bool through = p.apply && p.d.data;
-  if (through) {
+  if (tile.with) {
     sigmoids(static_cast<const A*>(p.q) + at, tile.n, alpha);
-    const bool of_x = p.target == Target::x;
-    const int64_t channels = of_x ? p.sizes.channels : p.sizes.gating;
-    const Operand<const T> dy{element<const T>(p.d, tile.b, 0, tile.begin), p.d.stride_channel, p.d.stride_position};
-    dot_channels<T>(dy, of_x ? tile.x : tile.g, tile.last, tile.n, channels, dalpha, static_cast<A*>(s.d), s.ld);
+    dot_channels(tile.d, tile.of_x ? tile.x : tile.g, tile.last, tile.n, tile.target_channels, dalpha);
   }
   Vec<A> total{};
   each_vector<A>(tile.n, [&](int64_t i, auto access) {
     Vec<A> v{};
-    if (through) {
+    if (tile.with) {
       const Vec<A> a = access.read(alpha + i);
       v = a * (1 - a) * access.read(dalpha + i);
     }
@@ -118,83 +147,88 @@ void logit_gradients(const BackwardParams& p, const TileOf<T>& tile, const Sums&
   if (sums.psi_bias) *static_cast<A*>(sums.psi_bias) += sum<A>(total);
 }
 
-// weight^T dt of a tile, plus what the map's gradient begins with: alpha d, d or nothing. `rows` is the weight.
+// weight^T dt of a tile, plus what the map's gradient begins with: alpha dy, d or nothing. `rows` is the weight.
 template <class T, class Out>
-void put_gradient(const BackwardParams& p, const TileOf<T>& tile, const Accumulator<T>* dt, const void* rows,
-                  int64_t channels, RowsAt<Out> out, bool with_d) {
+void put_gradient(const BackwardParams& p, TileOf<T>& tile, const Accumulator<T>* dt, const void* rows,
+                  int64_t channels, RowsAt<Out> out, bool of_target) {
   using A = Accumulator<T>;
   const Scratch& s = tile.s;
   const int64_t hidden = p.sizes.hidden, ld_rows = leading(channels);
-  const A* weight = static_cast<const A*>(rows);
-  const A *alpha = static_cast<const A*>(s.alpha), *copied = static_cast<const A*>(s.d);
-  const T* d = with_d ? element<const T>(p.d, tile.b, 0, tile.begin) : nullptr;
+  const A *weight = static_cast<const A*>(rows), *alpha = static_cast<const A*>(s.alpha);
+  const bool plain = of_target && p.d.data && !tile.with;
+  const T* d = plain ? element<const T>(p.d, tile.b, 0, tile.begin) : nullptr;
   const int64_t ld_d = tile.last ? p.d.stride_position : p.d.stride_channel;
   const auto multiply = [&](auto full, const auto& finish) {
+    // one register tile before them, d and out are asked for: 0.9 of 3.5 ms of a backward went into waiting for them
+    const auto ahead = [=](int64_t i, int64_t j) ATTNKERN_INLINE_LAMBDA {
+      if constexpr (std::is_same_v<decltype(full), Whole>) prefetch<true>(out.p + i * out.ld + j, 2 * kLanes<A>);
+      if (d) prefetch<false>(d + i * ld_d + j, 2 * kLanes<A>);
+    };
     if (tile.last)
       product<decltype(full)>(Strided<A>{dt, tile.ld, 1}, RowsAt<const A>{weight, ld_rows}, out, tile.n, channels,
-                              hidden, finish);
+                              hidden, finish, tile.feed, ahead);
     else
       product<decltype(full)>(Strided<A>{weight, 1, ld_rows}, RowsAt<const A>{static_cast<const A*>(s.columns), s.ld},
-                              out, channels, tile.n, hidden, finish);
+                              out, channels, tile.n, hidden, finish, tile.feed, ahead);
   };
   visit_writes(s.streaming, out.p, out.ld, [&](auto full) {
-    if (!with_d)
+    if (!of_target || !p.d.data) {
       multiply(full, Sum{});
-    else if (!p.apply)
+    } else if (plain) {
       multiply(full, [=](Vec<A> sum, int64_t i, int64_t j, const auto& access)
                          ATTNKERN_INLINE_LAMBDA { return access.read(d + i * ld_d + j) + sum; });
-    else if (tile.last)
-      multiply(full, [=](Vec<A> sum, int64_t i, int64_t j, const auto& access)
-                         ATTNKERN_INLINE_LAMBDA { return alpha[i] * access.read(d + i * ld_d + j) + sum; });
-    else
-      multiply(full, [=, ld = s.ld](Vec<A> sum, int64_t i, int64_t j, const auto& access) ATTNKERN_INLINE_LAMBDA {
-        return access.read(alpha + j) * access.read(copied + i * ld + j) + sum;
-      });
+    } else if (tile.last) {
+      multiply(full, [=, dy = tile.d.p, ld = tile.d.position](Vec<A> sum, int64_t i, int64_t j, const auto& access)
+                         ATTNKERN_INLINE_LAMBDA { return alpha[i] * access.read(dy + i * ld + j) + sum; });
+    } else {
+      multiply(full,
+               [=, dy = tile.d.p, ld = tile.d.channel](Vec<A> sum, int64_t i, int64_t j, const auto& access)
+                   ATTNKERN_INLINE_LAMBDA { return access.read(alpha + j) * access.read(dy + i * ld + j) + sum; });
+    }
   });
 }
 
 template <class T>
-void backward_unit(const BackwardParams& p, const Weights& w, const Unit& unit, const Scratch& s, const Sums& sums,
-                   const Slab& slab) {
+void backward_units(const BackwardParams& p, const Weights& w, const Units& units, const Scratch& s, const Sums& sums,
+                    const Slab* slabs) {
   using A = Accumulator<T>;
   const Sizes& z = p.sizes;
-  TileOf<T> tile(p, w, s, unit.b);
-  const bool of_x = p.target == Target::x, last = tile.last;
-  if (slab.data) store_zeros(static_cast<A*>(slab.data), (slab.positions.end - slab.positions.begin) * tile.width);
+  TileOf<T> tile{.p = p, .w = w, .s = s, .with = p.apply && p.d.data ? &p.d : nullptr, .passes = 3};
+  const bool last = tile.last;
+  for (int64_t i = units.first; slabs && i < units.last; ++i)
+    store_zeros(static_cast<A*>(slabs[i].data), (slabs[i].positions.end - slabs[i].positions.begin) * tile.width);
   const auto add_weight = [&](void* to, const Operand<A>& from, const A* dt, int64_t count) {
     if (to)
       accumulate<A>({from.p, from.channel, from.position}, {dt, tile.ld}, {static_cast<A*>(to), tile.width}, count,
-                    tile.width, tile.n, true);
+                    tile.width, tile.n, true, tile.feed);
   };
   const auto turn = [&](const A* dt) {
     if (!last) transpose<A>({dt, tile.ld}, {static_cast<A*>(s.columns), s.ld}, tile.n, tile.width);
   };
-  const auto in_place = [&](const Map& map, int64_t begin) {
-    return RowsAt<T>{element<T>(map, unit.b, 0, begin), last ? map.stride_position : map.stride_channel};
+  const auto place_in = [&](const Map& map) {
+    return RowsAt<T>{element<T>(map, tile.b, 0, tile.begin), last ? map.stride_position : map.stride_channel};
   };
-  each_tile(unit, s.tile, [&](int64_t begin, int64_t n) {
-    tile.load_maps(begin, n);
+  tile.each(units, [&](int64_t index) {
     logit_gradients(p, tile, sums);
     tile.hidden();
-    s.u ? hidden_backward<A, true>(p, w, s, n, sums) : hidden_backward<A, false>(p, w, s, n, sums);
+    s.u ? hidden_backward<A, true>(p, w, s, tile.n, sums) : hidden_backward<A, false>(p, w, s, tile.n, sums);
     const A *dt = tile.t, *du = s.u ? tile.u : tile.t;
     add_weight(sums.theta, tile.x, dt, terms(z));
     add_weight(sums.phi, tile.g, du, z.gating);
     if (p.dx.data) {
       turn(dt);
-      const bool with_d = of_x && p.d.data;
       if (tile.patched) {  // x's tile is not read again
-        A* to = static_cast<A*>(s.x);
+        A* to = static_cast<A*>(s.x[0]);
         put_gradient<T>(p, tile, dt, w.theta_rows, terms(z), RowsAt<A>{to, last ? leading(terms(z)) : s.ld}, false);
-        put_patches<T, A>(p, last, unit.b, begin, n, s, with_d);
+        put_patches<T, A>(p, last, tile.b, tile.begin, tile.n, s, tile.of_x && p.d.data);
       } else {
-        put_gradient<T>(p, tile, dt, w.theta_rows, z.channels, in_place(p.dx, begin), with_d);
+        put_gradient<T>(p, tile, dt, w.theta_rows, z.channels, place_in(p.dx), tile.of_x);
       }
     }
-    if (slab.data) add_to_slab<A>(p, begin, n, s, du, slab);
+    if (slabs) add_to_slab<A>(p, tile.begin, tile.n, s, du, slabs[index]);
     if (p.dg.data && p.phi) {
       if (du != dt || !p.dx.data) turn(du);
-      put_gradient<T>(p, tile, du, w.phi_rows, z.gating, in_place(p.dg, begin), !of_x && p.d.data);
+      put_gradient<T>(p, tile, du, w.phi_rows, z.gating, place_in(p.dg), !tile.of_x);
     }
   });
   if (s.streaming) fence();
@@ -203,40 +237,38 @@ void backward_unit(const BackwardParams& p, const Weights& w, const Unit& unit, 
 // ---- statistics
 
 template <class T>
-void sums_unit(const SumsParams& p, const Weights& w, const Unit& unit, const Scratch& s, const Sums& sums) {
+void sums_units(const SumsParams& p, const Weights& w, const Units& units, const Scratch& s, const Sums& sums) {
   using A = Accumulator<T>;
-  TileOf<T> tile(p, w, s, unit.b);
-  const A* dq = static_cast<const A*>(p.dq) + unit.b * volume(p.sizes.grid);
-  each_tile(unit, s.tile, [&](int64_t begin, int64_t n) {
-    tile.load_maps(begin, n);
+  TileOf<T> tile{.p = p, .w = w, .s = s};
+  tile.each(units, [&](int64_t) {
     tile.hidden();
-    hidden_sums<A>(p, w, s, n, dq + begin, sums);
+    hidden_sums<A>(p, w, s, tile.n, static_cast<const A*>(p.dq) + tile.b * units.positions + tile.begin, sums);
   });
 }
 
 template <class T>
-void moments_unit(const Inputs& p, const Weights& w, const Unit& unit, const Scratch& s, void* out) {
+void moments_units(const Inputs& p, const Weights& w, const Units& units, const Scratch& s, void* parts) {
   using A = Accumulator<T>;
-  TileOf<T> tile(p, w, s, unit.b);
-  A *mean = static_cast<A*>(out), *squares = mean + tile.width;
-  store_zeros(mean, 2 * tile.width);
-  each_tile(unit, s.tile, [&](int64_t begin, int64_t n) {
-    tile.load_x(begin, n);
+  TileOf<T> tile{.p = p, .w = w, .s = s};
+  store_zeros(static_cast<A*>(parts) + 2 * units.first * tile.width, 2 * (units.last - units.first) * tile.width);
+  tile.each(units, [&](int64_t index) {
+    A* mean = static_cast<A*>(parts) + 2 * index * tile.width;
     tile.project_x(false);
-    add_moments<A>({tile.t, tile.ld}, n, begin - unit.begin, tile.width, mean, squares);
+    add_moments<A>({tile.t, tile.ld}, tile.n, tile.begin - units.at(index).begin, tile.width, mean, mean + tile.width);
   });
 }
 
 template <class A>
-void merge_moments_of(const MomentsParams& p, const A* parts, const Unit* units, int64_t count) {
+void merge_moments_of(const MomentsParams& p, const A* parts, const Units& units) {
   for (int64_t f = 0; f < p.sizes.hidden; ++f) {
     A mean = 0, squares = 0;
     int64_t before = 0;
-    for (int64_t i = 0; i < count; ++i) {
+    for (int64_t i = units.first; i < units.last; ++i) {
       const A* part = parts + 2 * i * padded(p.sizes.hidden) + f;
-      const int64_t own = units[i].end - units[i].begin;
-      join(mean, squares, static_cast<A>(before), part[0], part[padded(p.sizes.hidden)], static_cast<A>(own));
-      before += own;
+      const Unit unit = units.at(i);
+      join(mean, squares, static_cast<A>(before), part[0], part[padded(p.sizes.hidden)],
+           static_cast<A>(unit.end - unit.begin));
+      before += unit.end - unit.begin;
     }
     static_cast<A*>(p.mean)[f] = before ? mean : std::numeric_limits<A>::quiet_NaN();
     static_cast<A*>(p.var)[f] = squares / static_cast<A>(before);
@@ -262,13 +294,14 @@ void apply_backward_unit(const ApplyBackwardParams& p, const Unit& unit, bool st
   const A* alpha = static_cast<const A*>(p.alpha) + unit.b * p.length;
   A* dalpha = static_cast<A*>(p.dalpha) + unit.b * p.length;
   constexpr int64_t kTile = 256;  // dy stays in L1 or L2 between its two uses
-  each_tile(unit, kTile, [&](int64_t begin, int64_t n) {
+  for (int64_t begin = unit.begin; begin < unit.end; begin += kTile) {
+    const int64_t n = unit.end - begin < kTile ? unit.end - begin : kTile;
     const auto at = [&](const ConstMap& map) {
       return Operand<const T>{element<const T>(map, unit.b, 0, begin), map.stride_channel, map.stride_position};
     };
-    dot_channels<T>(at(p.dy), at(p.x), last, n, p.channels, dalpha + begin, static_cast<A*>(nullptr), 0);
+    dot_channels(at(p.dy), at(p.x), last, n, p.channels, dalpha + begin);
     scale_tile<T>(at(p.dy), alpha + begin, p.dx, last, unit.b, begin, n, p.channels, streaming);
-  });
+  }
   if (streaming) fence();
 }
 

@@ -5,6 +5,8 @@
 #include "cpu/math.simd.h"
 
 #include "ops/attention_gate/activations.simd.h"
+#include "ops/attention_gate/feed.simd.h"
+
 #include "ops/attention_gate/product.simd.h"
 
 #include "ops/attention_gate/maps.simd.h"
@@ -17,12 +19,12 @@
 
 namespace attnkern::attention_gate::ATTNKERN_ISA {
 
-void forward(const ForwardParams& p, const Weights& w, const Unit& unit, const Scratch& s) {
-  cpu::visit(p.dtype, [&](auto t) { forward_unit<decltype(t)>(p, w, unit, s); });
+void forward(const ForwardParams& p, const Weights& w, const Units& units, const Scratch& s) {
+  cpu::visit(p.dtype, [&](auto t) { forward_units<decltype(t)>(p, w, units, s); });
 }
-void backward(const BackwardParams& p, const Weights& w, const Unit& unit, const Scratch& s, const Sums& sums,
-              const Slab& slab) {
-  cpu::visit(p.dtype, [&](auto t) { backward_unit<decltype(t)>(p, w, unit, s, sums, slab); });
+void backward(const BackwardParams& p, const Weights& w, const Units& units, const Scratch& s, const Sums& sums,
+              const Slab* slabs) {
+  cpu::visit(p.dtype, [&](auto t) { backward_units<decltype(t)>(p, w, units, s, sums, slabs); });
 }
 void uncovered(const BackwardParams& p, int64_t b) {
   cpu::visit(p.dtype, [&](auto t) { put_uncovered<decltype(t)>(p, b); });
@@ -31,16 +33,16 @@ void merge_slabs(const BackwardParams& p, int64_t b, Range positions, const Slab
                  void* columns) {
   cpu::visit(p.dtype, [&](auto t) { merge_slabs_of<decltype(t)>(p, b, positions, slabs, count, rows, columns); });
 }
-void sums(const SumsParams& p, const Weights& w, const Unit& unit, const Scratch& s, const Sums& to) {
-  cpu::visit(p.dtype, [&](auto t) { sums_unit<decltype(t)>(p, w, unit, s, to); });
+void sums(const SumsParams& p, const Weights& w, const Units& units, const Scratch& s, const Sums& to) {
+  cpu::visit(p.dtype, [&](auto t) { sums_units<decltype(t)>(p, w, units, s, to); });
 }
-void moments(const Inputs& p, const Weights& w, const Unit& unit, const Scratch& s, void* out) {
-  cpu::visit(p.dtype, [&](auto t) { moments_unit<decltype(t)>(p, w, unit, s, out); });
+void moments(const Inputs& p, const Weights& w, const Units& units, const Scratch& s, void* parts) {
+  cpu::visit(p.dtype, [&](auto t) { moments_units<decltype(t)>(p, w, units, s, parts); });
 }
-void merge_moments(const MomentsParams& p, const void* parts, const Unit* units, int64_t count) {
+void merge_moments(const MomentsParams& p, const void* parts, const Units& units) {
   cpu::visit(accumulation(p.dtype), [&](auto t) {
     using A = Accumulator<decltype(t)>;
-    merge_moments_of(p, static_cast<const A*>(parts), units, count);
+    merge_moments_of(p, static_cast<const A*>(parts), units);
   });
 }
 void apply(const ApplyParams& p, const Unit& unit, bool streaming) {

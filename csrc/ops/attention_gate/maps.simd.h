@@ -44,6 +44,12 @@ ATTNKERN_INLINE void copy(const From* from, To* to, int64_t n) {
   each_vector<Accumulator<To>>(n, [&](int64_t i, auto access) { access.write(to + i, access.read(from + i)); });
 }
 
+// Brings the lines of n elements nearer, to be read or to be written.
+template <bool write, class T>
+ATTNKERN_INLINE void prefetch(const T* p, int64_t n) {
+  for (int64_t i = 0; i < n; i += 64 / static_cast<int64_t>(sizeof(T))) __builtin_prefetch(p + i, write);
+}
+
 template <class A>
 ATTNKERN_INLINE void store_zeros(A* to, int64_t n) {
   std::memset(to, 0, n * sizeof(A));
@@ -63,18 +69,26 @@ ATTNKERN_INLINE void each_run(const Sizes& n, int64_t begin, int64_t count, cons
 
 // ---- operands
 
+// n positions from `begin`, in the map itself or in `copy`, where `feed` brings them.
 template <class T, class A>
-Operand<A> load_plain(const ConstMap& map, bool last, int64_t b, int64_t begin, int64_t n, int64_t channels, A* to,
-                      int64_t ld) {
+Operand<A> operand(const ConstMap& map, bool last, int64_t b, int64_t begin, int64_t channels, A* copy, int64_t ld) {
   if constexpr (std::is_same_v<T, A>) {
     if (last) return {element<const T>(map, b, 0, begin), 1, map.stride_position};
   }
-  if (last) {
-    for (int64_t l = 0; l < n; ++l) copy(element<const T>(map, b, 0, begin + l), to + l * leading(channels), channels);
-    return {to, 1, leading(channels)};
-  }
-  for (int64_t c = 0; c < channels; ++c) copy(element<const T>(map, b, c, begin), to + c * ld, n);
-  return {to, ld, 1};
+  return last ? Operand<A>{copy, 1, leading(channels)} : Operand<A>{copy, ld, 1};
+}
+
+// The same positions, for a feed: in place they are only brought nearer, in pieces of 1 KB where they are adjacent.
+template <class T, class A>
+void feed_map(Feed& feed, const ConstMap& map, bool last, int64_t b, int64_t begin, int64_t n, int64_t channels,
+              A* copy, int64_t ld) {
+  const T* from = element<const T>(map, b, 0, begin);
+  if (!last)
+    feed.add(from, map.stride_channel, copy, ld, channels, n);
+  else if (copy || map.stride_position != channels)
+    feed.add(from, map.stride_position, copy, leading(channels), n, channels);
+  else
+    feed.add(from, 1024 / sizeof(T), copy, 0, (n * channels * sizeof(T) + 1023) / 1024, 1024 / sizeof(T));
 }
 
 // Where row i = (i1, i2) of the patches of row (q1, q2) begins in the map.
@@ -83,17 +97,79 @@ ATTNKERN_INLINE int64_t patch_row(const Sizes& n, int64_t q1, int64_t q2, int64_
   return (x1 * n.x[1] + x2) * n.x[2] + q3 * n.kernel[2];
 }
 
+// f(l, access, access to the first vector of 2 l, to the second) for the vectors that cover n pairs
+template <class A, class F>
+ATTNKERN_INLINE void each_pair(int64_t n, const F& f) {
+  constexpr int64_t lanes = kLanes<A>;
+  int64_t l = 0;
+  for (; l + lanes <= n; l += lanes) f(l, Whole{}, Whole{}, Whole{});
+  const int64_t left = n - l;
+  if (2 * left >= lanes && left)
+    f(l, Part{left}, Whole{}, Part{2 * left - lanes});
+  else if (left)
+    f(l, Part{left}, Part{2 * left}, Part{0});
+}
+
+template <class A, size_t... i>
+ATTNKERN_INLINE void unzip(Vec<A>& a, Vec<A>& b, std::index_sequence<i...>) {
+  const Vec<A> even = __builtin_shufflevector(a, b, (2 * static_cast<int>(i))...);
+  b = __builtin_shufflevector(a, b, (2 * static_cast<int>(i) + 1)...);
+  a = even;
+}
+template <class A, size_t... i>
+ATTNKERN_INLINE void zip(Vec<A>& a, Vec<A>& b, std::index_sequence<i...>) {
+  constexpr int n = sizeof...(i);
+  const Vec<A> low = __builtin_shufflevector(a, b, (static_cast<int>(i) / 2 + static_cast<int>(i) % 2 * n)...);
+  b = __builtin_shufflevector(a, b, (n / 2 + static_cast<int>(i) / 2 + static_cast<int>(i) % 2 * n)...);
+  a = low;
+}
+
 // f(k) with the kernel's last size, as a constant where it is 2
 template <class F>
 ATTNKERN_INLINE void visit_kernel(int64_t k, const F& f) {
   k == 2 ? f(std::integral_constant<int64_t, 2>{}) : f(k);
 }
 
+// Channels of a row of patches that are asked for before they are copied: channels lie pages apart, out of sight of the
+// processor's own prefetching.
+constexpr int64_t kAheadRows = 8;
+
+// every[i][l] = from[l k + i] by way of `line`, and every[i][l] -> line[l k + i]: k = 2 by vectors.
+template <class T, class A, class K>
+ATTNKERN_INLINE void deal(const T* from, A* line, RowsAt<A> every, int64_t n, K k) {
+  if constexpr (std::is_same_v<K, int64_t>) {
+    copy(from, line, n * k);
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t l = 0; l < n; ++l) every.p[i * every.ld + l] = line[l * k + i];
+  } else {
+    each_pair<A>(n, [&](int64_t l, auto access, auto first, auto second) ATTNKERN_INLINE_LAMBDA {
+      Vec<A> low = first.read(from + 2 * l), high = second.read(from + 2 * l + kLanes<A>);
+      unzip<A>(low, high, std::make_index_sequence<kLanes<A>>{});
+      access.write(every.p + l, low);
+      access.write(every.p + every.ld + l, high);
+    });
+  }
+}
+template <class A, class K>
+ATTNKERN_INLINE void gather(RowsAt<const A> every, A* line, int64_t n, K k) {
+  if constexpr (std::is_same_v<K, int64_t>) {
+    for (int64_t i = 0; i < k; ++i)
+      for (int64_t l = 0; l < n; ++l) line[l * k + i] = every.p[i * every.ld + l];
+  } else {
+    each_pair<A>(n, [&](int64_t l, auto access, auto first, auto second) ATTNKERN_INLINE_LAMBDA {
+      Vec<A> low = access.read(every.p + l), high = access.read(every.p + every.ld + l);
+      zip<A>(low, high, std::make_index_sequence<kLanes<A>>{});
+      first.write(line + 2 * l, low);
+      second.write(line + 2 * l + kLanes<A>, high);
+    });
+  }
+}
+
 template <class T, class A>
 Operand<A> load_patches(const Inputs& p, bool last, int64_t b, int64_t begin, int64_t n, const Scratch& s) {
   const Sizes& z = p.sizes;
   const int64_t channels = z.channels, k3 = z.kernel[2], rows = z.kernel[0] * z.kernel[1];
-  A *to = static_cast<A*>(s.x), *line = static_cast<A*>(s.line);
+  A *to = static_cast<A*>(s.x[0]), *line = static_cast<A*>(s.line);
   const int64_t ld = last ? leading(terms(z)) : s.ld;
   each_run(z, begin, n, [&](int64_t q1, int64_t q2, int64_t q3, int64_t run, int64_t at) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -104,12 +180,10 @@ Operand<A> load_patches(const Inputs& p, bool last, int64_t b, int64_t begin, in
         continue;
       }
       for (int64_t c = 0; c < channels; ++c) {
-        copy(element<const T>(p.x, b, c, x), line, run * k3);
+        if (c + kAheadRows < channels) prefetch<false>(element<const T>(p.x, b, c + kAheadRows, x), run * k3);
         visit_kernel(k3, [&](auto k) {
-          for (int64_t i3 = 0; i3 < k; ++i3) {
-            A* row = to + ((i * k + i3) * channels + c) * ld + at;
-            for (int64_t l = 0; l < run; ++l) row[l] = line[l * k + i3];
-          }
+          deal(element<const T>(p.x, b, c, x), line, RowsAt<A>{to + (i * k * channels + c) * ld + at, channels * ld},
+               run, k);
         });
       }
     }
@@ -124,7 +198,7 @@ void put_patches(const BackwardParams& p, bool last, int64_t b, int64_t begin, i
   const Sizes& z = p.sizes;
   const int64_t channels = z.channels, k3 = z.kernel[2], rows = z.kernel[0] * z.kernel[1];
   const int64_t left = z.x[2] - z.grid[2] * k3, ld = last ? leading(terms(z)) : s.ld;
-  A *from = static_cast<A*>(s.x), *line = static_cast<A*>(s.line);
+  A *from = static_cast<A*>(s.x[0]), *line = static_cast<A*>(s.line);
   const auto put = [&](const A* sums, int64_t c, int64_t l, int64_t count) ATTNKERN_INLINE_LAMBDA {
     T* to = element<T>(p.dx, b, c, l);
     const T* d = with_d ? element<const T>(p.d, b, c, l) : nullptr;
@@ -145,10 +219,7 @@ void put_patches(const BackwardParams& p, bool last, int64_t b, int64_t begin, i
       }
       for (int64_t c = 0; c < channels; ++c) {
         visit_kernel(k3, [&](auto k) {
-          for (int64_t i3 = 0; i3 < k; ++i3) {
-            const A* row = from + ((i * k + i3) * channels + c) * ld + at;
-            for (int64_t l = 0; l < run; ++l) line[l * k + i3] = row[l];
-          }
+          gather(RowsAt<const A>{from + (i * k * channels + c) * ld + at, channels * ld}, line, run, k);
         });
         put(line, c, x, run * k3);
         if (rest) put(nullptr, c, x + run * k3, rest);
@@ -185,6 +256,7 @@ void scale_tile(Operand<S> x, const A* alpha, const Map& y, bool last, int64_t b
     for (int64_t i = 0; i < rows; ++i) {
       const S* from = x.p + i * ld_x;
       T* to = first + i * ld_y;
+      if (std::is_same_v<decltype(full), Whole> && i + 2 < rows) prefetch<true>(to + 2 * ld_y, length);
       if (last) {
         const A factor = alpha[i];
         each_vector_as<decltype(full), A>(
@@ -198,17 +270,16 @@ void scale_tile(Operand<S> x, const A* alpha, const Map& y, bool last, int64_t b
   });
 }
 
-// sums[l] = sum_c dy x; channels first dy goes to `copy` as it is read, unless null.
-template <class T, class S, class A>
-void dot_channels(Operand<const T> dy, Operand<S> x, bool last, int64_t n, int64_t channels, A* sums, A* copy,
-                  int64_t ld_copy) {
+// sums[l] = sum_c dy x
+template <class S, class A>
+void dot_channels(Operand<S> dy, Operand<S> x, bool last, int64_t n, int64_t channels, A* sums) {
   constexpr int lanes = kLanes<A>;
   if (last) {
     for (int64_t l = 0; l < n; l += lanes) {
       const int64_t count = n - l < lanes ? n - l : lanes;
       Vec<A> v[lanes] = {};
       for (int64_t i = 0; i < count; ++i) {
-        const T* a = dy.p + (l + i) * dy.position;
+        const S* a = dy.p + (l + i) * dy.position;
         const S* c = x.p + (l + i) * x.position;
         Vec<A> sum{};
         each_vector<A>(channels, [&](int64_t j, auto access) { sum += access.read(a + j) * access.read(c + j); });
@@ -223,11 +294,8 @@ void dot_channels(Operand<const T> dy, Operand<S> x, bool last, int64_t n, int64
     constexpr int R = decltype(rows)::value;
     each_vector<A>(n, [&](int64_t l, auto access) ATTNKERN_INLINE_LAMBDA {
       Vec<A> products[R];
-      for (int i = 0; i < R; ++i) {
-        const Vec<A> v = access.read(dy.p + (c + i) * dy.channel + l);
-        if (copy) access.write(copy + (c + i) * ld_copy + l, v);
-        products[i] = v * access.read(x.p + (c + i) * x.channel + l);
-      }
+      for (int i = 0; i < R; ++i)
+        products[i] = access.read(dy.p + (c + i) * dy.channel + l) * access.read(x.p + (c + i) * x.channel + l);
       Vec<A> sum = products[0];
       if constexpr (R == 4) sum = (products[0] + products[1]) + (products[2] + products[3]);
       access.write(sums + l, c ? access.read(sums + l) + sum : sum);

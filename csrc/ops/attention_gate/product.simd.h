@@ -30,15 +30,26 @@ ATTNKERN_INLINE void product_tile(const Strided<A>& a, RowsAt<const A> b, RowsAt
     }
 }
 
-// Full is Whole or Streamed, how whole vectors are written; finish(sum, i, j, access) makes a result of a sum.
-template <class Full = Whole, class A, class Out, class Finish>
+// ahead(i, j) of a product whose results lie in cache
+struct Nothing {
+  ATTNKERN_INLINE void operator()(int64_t, int64_t) const {}
+};
+
+// Full is Whole or Streamed, how whole vectors are written; finish(sum, i, j, access) makes a result of a sum; the feed
+// hears of the multiplications as they are done; ahead(i, j) hears of each row of a register tile one tile before.
+template <class Full = Whole, class A, class Out, class Finish, class Ahead = Nothing>
 void product(Strided<A> a, RowsAt<const A> b, RowsAt<Out> out, int64_t rows, int64_t columns, int64_t inner,
-             const Finish& finish) {
+             const Finish& finish, Feed& feed, const Ahead& ahead = {}) {
   constexpr int64_t lanes = kLanes<A>;
   const auto column = [&](int64_t j, auto n, auto access) ATTNKERN_INLINE_LAMBDA {
     constexpr int N = decltype(n)::value;
     int64_t i = 0;
-    for (; i + kTileRows <= rows; i += kTileRows) product_tile<kTileRows, N>(a, b, out, i, j, inner, finish, access);
+    for (; i + kTileRows <= rows; i += kTileRows) {
+      const bool turn = i + 2 * kTileRows > rows;
+      for (int64_t m = 0; m < kTileRows; ++m) ahead(turn ? m : i + kTileRows + m, turn ? j + N * lanes : j);
+      product_tile<kTileRows, N>(a, b, out, i, j, inner, finish, access);
+      feed.step(kTileRows * N * lanes * inner);
+    }
     if (kTileRows == 8 && i + 4 <= rows) {
       product_tile<4, N>(a, b, out, i, j, inner, finish, access);
       i += 4;
@@ -72,16 +83,16 @@ struct AddTo {
 
 // out (+)= a b in chains of kChain terms; out's columns are whole vectors
 template <class A>
-void accumulate(Strided<A> a, RowsAt<const A> b, RowsAt<A> out, int64_t rows, int64_t columns, int64_t inner,
-                bool add) {
+void accumulate(Strided<A> a, RowsAt<const A> b, RowsAt<A> out, int64_t rows, int64_t columns, int64_t inner, bool add,
+                Feed& feed) {
   for (int64_t k = 0; k == 0 || k < inner; k += kChain) {
     const Strided<A> ak{a.p + k * a.column, a.row, a.column};
     const RowsAt<const A> bk{b.p + k * b.ld, b.ld};
     const int64_t n = inner - k < kChain ? inner - k : kChain;
     if (k || add)
-      product(ak, bk, out, rows, columns, n, AddTo<A>{{out.p, out.ld}});
+      product(ak, bk, out, rows, columns, n, AddTo<A>{{out.p, out.ld}}, feed);
     else
-      product(ak, bk, out, rows, columns, n, Sum{});
+      product(ak, bk, out, rows, columns, n, Sum{}, feed);
   }
 }
 
