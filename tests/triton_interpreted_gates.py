@@ -141,6 +141,7 @@ def test_only_what_is_needed_is_written(resampled):
         flags = [bool(needs >> bit & 1) for bit in range(3)]
         arguments = (d, dq, *i, q, *(None,) * 6, *o, *flags)
         got = torch.ops.attnkern.attention_gate_bwd.triton(*arguments)
+        assert len({g.untyped_storage()._cdata for g in got}) == len(got), "no two are one"
         for g, fake, w in zip(got, op._bwd_fake(*arguments), want, strict=True):
             assert (g.shape, g.dtype, g.stride()) == (fake.shape, fake.dtype, fake.stride())
             if g.numel():

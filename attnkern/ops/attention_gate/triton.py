@@ -228,11 +228,11 @@ def attention_gate_bwd(d: Tensor | None, dq: Tensor | None, *arguments: Any) -> 
     i, q, norms = Inputs(*arguments[:9]), arguments[9], arguments[10:16]
     o = Options(*arguments[16:23])
     need_x, need_g, need_weights = arguments[23:]
-    none, new = i.x.new_empty(0), i.theta.new_empty
+    new = i.theta.new_empty
     hidden = i.theta.shape[0]
-    dx = torch.empty_like(i.x) if need_x else none
-    dg = torch.empty_like(i.g) if need_g else none
-    weights = [new(0)] * 5
+    dx = torch.empty_like(i.x) if need_x else i.x.new_empty(0)
+    dg = torch.empty_like(i.g) if need_g else i.x.new_empty(0)
+    weights = [new(0) for _ in range(5)]  # of outputs no two are one tensor
     if need_weights:
         dphi = new(0) if i.phi is None else torch.empty_like(i.phi)
         weights = [torch.empty_like(i.theta), dphi, new(hidden), new(hidden), new(1)]

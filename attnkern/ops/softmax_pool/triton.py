@@ -131,19 +131,21 @@ def softmax_pool_bwd(
     need_values, need_keys, need_query, need_weights, need_logits = arguments[16:]
     i, o = Inputs(*tensors), Options(scorer, act, scale)
     shape = plan.shape_of(i)
-    none = i.values.new_empty(0)
+
+    def nothing() -> Tensor:
+        return i.values.new_empty(0)  # of outputs no two are one tensor
 
     def like(t: Tensor | None, needed: bool) -> Tensor:
-        return torch.empty_like(t) if t is not None and needed else none
+        return torch.empty_like(t) if t is not None and needed else nothing()
 
     def accumulated(t: Tensor | None, needed: bool = True) -> Tensor:
-        return t.new_empty(t.shape, dtype=lse.dtype) if t is not None and needed else none
+        return t.new_empty(t.shape, dtype=lse.dtype) if t is not None and needed else nothing()
 
     dvalues, dkeys = like(i.values, need_values), like(i.keys, need_keys)
     dquery = accumulated(i.query, need_query)
     weights = [accumulated(t, need_weights) for t in (i.V, i.b_V, i.U, i.b_U, i.w)]
     by_item = (i.values.shape[0], shape.heads, shape.queries, shape.items)
-    dlogits = lse.new_empty(by_item) if need_logits else none
+    dlogits = lse.new_empty(by_item) if need_logits else nothing()
 
     shared = i.keys is None and scorer != "given"
     to_keys = need_keys or (need_values and shared)
