@@ -100,6 +100,21 @@ def test_nan_in_any_argument_of_a_gate_spreads_as_eagers_does(call, target):
                 assert torch.equal(g.isnan(), e.isnan()), (name, where)
 
 
+@pytest.mark.parametrize("call", GATES, ids=str)
+def test_infinity_in_a_map_of_a_gate(call, target):
+    """As eager: it stays at its position, and hidden units that do not exist make no 0 times infinity of it."""
+    for name in call.case.maps:
+        for value in (INF, -INF):
+            for where in (0, -1):
+                tensors = call.inputs(target)
+                tensors[name].view(-1)[where] = value
+                eager = testing.as_tuple(call.spec.eager(**tensors, **call.case.options))
+                got = testing.as_tuple(call.run(target, tensors))
+                for g, e in zip(got, eager, strict=True):
+                    assert torch.equal(g.isnan(), e.isnan()), (name, value, where)
+                    assert torch.equal(g.isinf(), e.isinf()), (name, value, where)
+
+
 def _pool(call, target, tensors):
     """Outputs of a pool and of eager, and where they may differ: rows without a logit above -inf are 0.
 

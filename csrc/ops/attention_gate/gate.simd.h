@@ -84,6 +84,9 @@ struct TileOf {
   void project(const Operand<A>& from, const void* weight, int64_t inner, A* to, bool add) {
     accumulate<A>({from.p, from.position, from.channel}, {static_cast<const A*>(weight), ld}, {to, ld}, n, width, inner,
                   add, feed);
+    // no 0 times infinity in the hidden units that do not exist
+    if (const int64_t units = p.sizes.hidden; units < width)
+      for (int64_t l = 0; l < n; ++l) std::fill(to + l * ld + units, to + l * ld + width, A(0));
   }
   void project_x(bool add) { project(x, w.theta, terms(z), t, add); }
   // t + u where u has no place of its own
