@@ -19,7 +19,7 @@ from attnkern.ops.squeeze_excite.op import squeeze, squeeze_excite
 ROOT = Path(__file__).resolve().parent.parent
 pytestmark = pytest.mark.skipif(not _native.available, reason=_native.reason)
 
-ISAS = ("avx512", "avx2", "scalar")
+ISAS = ("avx512_bf16", "avx512", "avx2", "scalar")
 NAMES = {
     "resnet",
     "effnet",

@@ -5,8 +5,9 @@
 //   Layout    rows of b and out are contiguous; b is read in its storage type, sums are in A
 //   Mapping   register tiles of 4 x 4 vectors (outer; rows left over 1 x 8), or of as many rows pairs as lanes (inner)
 //   Traffic   a register tile reads its part of b once; b should lie in L1 or L2
-//   Numerics  accumulation type A; outer's chains have at most kChain terms, inner's length / lanes; the order depends
-//             on the sizes alone
+//   Numerics  accumulation type A, float for pairs of bfloat16 (then k counts pairs); outer's chains have at most
+//   kChain
+//             terms, inner's length / lanes; the order depends on the sizes alone
 namespace attnkern::cpu::ATTNKERN_ISA {
 
 constexpr int64_t kChain = 256;  // terms that are summed in a register before they join the total
@@ -67,17 +68,17 @@ RowsAt(P*, int64_t) -> RowsAt<P>;
 // ---- outer
 
 template <int M, int N, class A, class B, class Out, class Access>
-ATTNKERN_INLINE void outer_tile(const Strided<A>& a, const B* b, int64_t ld_b, const A* init, int64_t ld_init, Out* out,
-                                int64_t ld_out, int64_t inner, const Access& access) {
+ATTNKERN_INLINE void outer_tile(const Strided<A>& a, const B* b, int64_t ld_b, const Accumulator<A>* init,
+                                int64_t ld_init, Out* out, int64_t ld_out, int64_t inner, const Access& access) {
   constexpr int lanes = kLanes<A>;
-  Vec<A> sums[M][N] = {};
+  Vec<Accumulator<A>> sums[M][N] = {};
   for (int64_t k = 0; k < inner; ++k) {
-    Vec<A> v[N];
+    decltype(access.read(b)) v[N];
     for (int j = 0; j < N; ++j) v[j] = access.read(b + k * ld_b + j * lanes);
     const A* ak = a.p + k * a.column;
 #pragma GCC unroll 16
     for (int m = 0; m < M; ++m)
-      for (int j = 0; j < N; ++j) sums[m][j] += ak[m * a.row] * v[j];
+      for (int j = 0; j < N; ++j) multiply_add(sums[m][j], ak[m * a.row], v[j]);
   }
 #pragma GCC unroll 16
   for (int m = 0; m < M; ++m)
@@ -89,8 +90,8 @@ ATTNKERN_INLINE void outer_tile(const Strided<A>& a, const B* b, int64_t ld_b, c
 
 // Rows of one register tile, all columns.
 template <int M, int N, class Full, class A, class B, class Out>
-ATTNKERN_INLINE void outer_rows(const Strided<A>& a, RowsAt<const B> b, RowsAt<const A> init, RowsAt<Out> out,
-                                int64_t columns, int64_t inner) {
+ATTNKERN_INLINE void outer_rows(const Strided<A>& a, RowsAt<const B> b, RowsAt<const Accumulator<A>> init,
+                                RowsAt<Out> out, int64_t columns, int64_t inner) {
   constexpr int64_t lanes = kLanes<A>;
   const auto at = [&](int64_t j) { return init.p ? init.p + j : nullptr; };
   int64_t j = 0;
@@ -103,9 +104,9 @@ ATTNKERN_INLINE void outer_rows(const Strided<A>& a, RowsAt<const B> b, RowsAt<c
 
 // out = init + a b; init's data may be null or out itself
 template <class A, class B, class Out, class Full = Whole>
-void outer(Strided<A> a, RowsAt<const B> b, RowsAt<const A> init, RowsAt<Out> out, int64_t rows, int64_t columns,
-           int64_t inner) {
-  const auto piece = [&](int64_t k, int64_t n, RowsAt<const A> from) {
+void outer(Strided<A> a, RowsAt<const B> b, RowsAt<const Accumulator<A>> init, RowsAt<Out> out, int64_t rows,
+           int64_t columns, int64_t inner) {
+  const auto piece = [&](int64_t k, int64_t n, RowsAt<const Accumulator<A>> from) {
     Strided<A> ai{a.p + k * a.column, a.row, a.column};
     const RowsAt<const B> bk{b.p + k * b.ld, b.ld};
     RowsAt<Out> to = out;
@@ -119,36 +120,61 @@ void outer(Strided<A> a, RowsAt<const B> b, RowsAt<const A> init, RowsAt<Out> ou
     for (; i + 4 <= rows; advance(4)) outer_rows<4, ATTNKERN_BYTES == 64 ? 4 : 2, Full>(ai, bk, from, to, columns, n);
     for (; i < rows; advance(1)) outer_rows<1, 8, Full>(ai, bk, from, to, columns, n);
   };
-  if constexpr (std::is_same_v<A, Out>) {
+  if constexpr (std::is_same_v<Accumulator<A>, Out>) {
     for (int64_t k = 0; k == 0 || k < inner; k += kChain)
-      piece(k, inner - k < kChain ? inner - k : kChain, k ? RowsAt<const A>{out.p, out.ld} : init);
+      piece(k, inner - k < kChain ? inner - k : kChain, k ? RowsAt<const Out>{out.p, out.ld} : init);
   } else {
     piece(0, inner, init);
   }
 }
 
-// out = a b, for b packed in panels of kPanel columns: [inner, kPanel] each, zero beyond b's columns
+// out (+)= a b, for b packed in panels of kPanel columns: [inner, kPanel] each, zero beyond b's columns
 template <class A>
 constexpr int64_t kPanel = 2 * kLanes<A>;
 
-template <class A>
-void panel_product(Strided<A> a, const A* panels, RowsAt<A> out, int64_t rows, int64_t columns, int64_t inner) {
+template <bool add = false, class A>
+void panel_product(Strided<A> a, const A* panels, RowsAt<Accumulator<A>> out, int64_t rows, int64_t columns,
+                   int64_t inner) {
   constexpr int M = ATTNKERN_BYTES == 64 ? 12 : ATTNKERN_BYTES == 32 ? 6 : 4;
+  constexpr int64_t lanes = kLanes<A>;
   for (int64_t k = 0; k < inner; k += kChain) {
     const int64_t n = inner - k < kChain ? inner - k : kChain;
-    for (int64_t j = 0; j < columns; j += kPanel<A>) {
-      const A* panel = panels + j * inner + k * kPanel<A>;
+    const auto block = [&](int64_t j, const A* b, auto width, auto access) ATTNKERN_INLINE_LAMBDA {
       const auto tile = [&](int64_t i, auto m) ATTNKERN_INLINE_LAMBDA {
-        A* to = out.p + i * out.ld + j;
-        outer_tile<decltype(m)::value, 2>(Strided<A>{a.p + i * a.row + k * a.column, a.row, a.column}, panel, kPanel<A>,
-                                          k ? to : nullptr, out.ld, to, out.ld, n, Whole{});
+        auto* to = out.p + i * out.ld + j;
+        if (add)  // sums of a megabyte and more are not in L1, nor in order
+          for (int r = 0; r < decltype(m)::value; ++r)
+            for (int v = 0; v < decltype(width)::value; ++v) __builtin_prefetch(to + r * out.ld + v * lanes, 1);
+        outer_tile<decltype(m)::value, decltype(width)::value>(
+            Strided<A>{a.p + i * a.row + k * a.column, a.row, a.column}, b, kPanel<A>, add || k ? to : nullptr, out.ld,
+            to, out.ld, n, access);
       };
       int64_t i = 0;
       for (; i + M <= rows; i += M) tile(i, std::integral_constant<int, M>{});
       for (; i < rows; ++i) tile(i, std::integral_constant<int, 1>{});
-    }
+    };
+    int64_t j = 0;
+    const auto panel = [&] { return panels + j * inner + k * kPanel<A>; };
+    for (; j + kPanel<A> <= columns; j += kPanel<A>) block(j, panel(), std::integral_constant<int, 2>{}, Whole{});
+    for (const A* b = panel(); j < columns; j += lanes, b += lanes)
+      block(j, b, std::integral_constant<int, 1>{}, Part{columns - j < lanes ? columns - j : lanes});
   }
 }
+
+#if defined(ATTNKERN_AVX512_BF16)
+// *to(k, j) = a vector of pairs of rows 2k and 2k + 1 from column j; zero beyond rows and columns
+template <class T, class To>
+void pair_rows(RowsAt<const T> from, int64_t rows, int64_t columns, const To& to) {
+  for (int64_t k = 0; 2 * k < rows; ++k)
+    each_vector<float>(columns, [&](int64_t j, auto access) ATTNKERN_INLINE_LAMBDA {
+      const T* row = from.p + 2 * k * from.ld + j;
+      const Bits16 even = narrow(access.read(row), BFloat16{});
+      const Bits16 odd = 2 * k + 1 < rows ? narrow(access.read(row + from.ld), BFloat16{}) : Bits16{};
+      const Bits32 pairs = interleave(even, odd);
+      std::memcpy(to(k, j), &pairs, sizeof pairs);
+    });
+}
+#endif
 
 // ---- inner
 

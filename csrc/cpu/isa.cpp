@@ -8,6 +8,8 @@ namespace attnkern::cpu {
 
 const char* name(Isa isa) {
   switch (isa) {
+    case Isa::avx512_bf16:
+      return "avx512_bf16";
     case Isa::avx512:
       return "avx512";
     case Isa::avx2:
@@ -21,8 +23,10 @@ std::vector<Isa> supported_isas() {
   std::vector<Isa> isas;
 #if defined(__x86_64__)
   if (__builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") &&
-      __builtin_cpu_supports("avx512dq"))
+      __builtin_cpu_supports("avx512dq")) {
+    if (__builtin_cpu_supports("avx512bf16")) isas.push_back(Isa::avx512_bf16);
     isas.push_back(Isa::avx512);
+  }
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("f16c"))
     isas.push_back(Isa::avx2);
 #endif

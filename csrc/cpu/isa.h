@@ -1,11 +1,11 @@
-// Which instruction set the CPU kernels run with: detected once, or forced by ATTNKERN_CPU_ISA=avx512|avx2|scalar.
+// Which instruction set the CPU kernels run with: detected once, or forced by ATTNKERN_CPU_ISA, one of name().
 #pragma once
 
 #include <vector>
 
 namespace attnkern::cpu {
 
-enum class Isa { avx512, avx2, scalar };  // in order of preference
+enum class Isa { avx512_bf16, avx512, avx2, scalar };  // in order of preference
 
 const char* name(Isa isa);
 std::vector<Isa> supported_isas();  // by this processor, best first

@@ -112,6 +112,30 @@ ATTNKERN_INLINE Vec<Accumulator<T>> load(const T* p) {
     return load_raw<Vec<T>>(p);
 }
 
+#if defined(ATTNKERN_AVX512_BF16)
+constexpr bool kPairs = true;  // bfloat16 can be multiplied in pairs
+
+ATTNKERN_INLINE Bits32 load(const Pair* p) { return load_raw<Bits32>(p); }
+
+// sum += a.first b.first + a.second b.second: twice the terms of a multiplication of floats. Subnormals count as 0.
+ATTNKERN_INLINE void multiply_add(Vec<float>& sum, Pair a, Bits32 b) {
+  sum = (Vec<float>)_mm512_dpbf16_ps((__m512)sum, bit_cast<__m512bh>(_mm512_set1_epi32(static_cast<int>(a.bits))),
+                                     bit_cast<__m512bh>(b));
+}
+
+// Pairs of what lies in two rows one under the other.
+ATTNKERN_INLINE Bits32 interleave(Bits16 even, Bits16 odd) {
+  return (Bits32)_mm512_cvtepu16_epi32((__m256i)even) | (Bits32)_mm512_cvtepu16_epi32((__m256i)odd) << 16;
+}
+#else
+constexpr bool kPairs = false;
+#endif
+
+template <class V, class A>
+ATTNKERN_INLINE void multiply_add(V& sum, A a, V b) {
+  sum += a * b;
+}
+
 // Double accumulation reads float weights too.
 template <class A, class T>
 ATTNKERN_INLINE Vec<A> load_as(const T* p) {
@@ -165,6 +189,12 @@ ATTNKERN_INLINE void fence() {
   _mm_sfence();
 #endif
 }
+
+#if defined(ATTNKERN_AVX512_BF16)
+ATTNKERN_INLINE Bits32 load_n(const Pair* p, int64_t n) {
+  return (Bits32)_mm512_maskz_loadu_epi32(static_cast<uint16_t>((1u << n) - 1), p);
+}
+#endif
 
 // The first n < lanes elements; the other lanes are zero.
 template <class T>

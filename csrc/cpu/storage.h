@@ -15,6 +15,12 @@ struct Float16 {
   uint16_t bits;
 };
 
+// Two bfloat16 that follow one another in a sum: a product of pairs adds both terms at once. The first is the low half.
+// Rows of bfloat16 are read as rows of pairs, hence may_alias.
+struct __attribute__((may_alias)) Pair {
+  uint32_t bits;
+};
+
 template <class T>
 using Accumulator = std::conditional_t<std::is_same_v<T, double>, double, float>;
 

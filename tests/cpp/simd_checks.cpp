@@ -34,7 +34,7 @@ double value_of(cpu::Float16 h) {
 
 }  // namespace attnkern::checks
 
-using attnkern::cpu::BFloat16, attnkern::cpu::Float16;
+using attnkern::cpu::BFloat16, attnkern::cpu::Float16, attnkern::cpu::Pair;
 #define ATTNKERN_KERNELS "simd_checks.simd.h"
 #include "cpu/foreach_isa.h"
 
@@ -46,6 +46,7 @@ int main() {
     if (supported == cpu::Isa::scalar) checks::scalar::run();
 #if defined(__x86_64__)
     if (supported == cpu::Isa::avx2) checks::avx2::run();
+    if (supported == cpu::Isa::avx512_bf16) checks::avx512_bf16::run();
     if (supported == cpu::Isa::avx512) checks::avx512::run();
 #endif
     ++count;

@@ -75,7 +75,33 @@ void vectors() {
     expect(to_bits<A>(from_bits<A>(bits)) == bits, "bits round trip", bits);
 }
 
+#if defined(ATTNKERN_AVX512_BF16)
+// A product of pairs takes the first with the first and the second with the second, lane by lane, and adds both.
+void pairs() {
+  constexpr int lanes = kLanes<float>;
+  BFloat16 even[lanes], odd[lanes];
+  for (int i = 0; i < lanes; ++i) {
+    store_n(even + i, splat(1.0f + i), 1);
+    store_n(odd + i, splat(100.0f - 3 * i), 1);
+  }
+  const Bits32 rows = interleave(load_raw<Bits16>(even), load_raw<Bits16>(odd));
+  const Pair a{0xc0000000u | 0x3f80u};  // 1 and -2
+  Vec<float> sum = splat(0.5f);
+  multiply_add(sum, a, rows);
+  for (int i = 0; i < lanes; ++i)
+    expect(sum[i] == 0.5 + value_of(even[i]) - 2 * value_of(odd[i]), "pairs are multiplied and added", i);
+  Pair given[lanes];
+  std::memcpy(given, &rows, sizeof rows);
+  const Bits32 whole = load(given), part = load_n(given, 3);
+  for (int i = 0; i < lanes; ++i)
+    expect(whole[i] == rows[i] && part[i] == (i < 3 ? rows[i] : 0), "pairs are loaded", i);
+}
+#endif
+
 void run() {
+#if defined(ATTNKERN_AVX512_BF16)
+  pairs();
+#endif
   const float inf = std::numeric_limits<float>::infinity(), nan = std::numeric_limits<float>::quiet_NaN();
   vectors<float>();
   vectors<double>();

@@ -178,7 +178,7 @@ struct ForwardCall : Call<ForwardParams> {
     s.largest = arena.take(n.queries, size);
     s.total = arena.take(n.queries, size);
     if (p.scorer == Scorer::gated) {
-      s.staged = arena.take(cut.tile * (n.features + 16), size);
+      s.staged = arena.take(cut.tile * (round_up(n.features, 2) + 16), size);
       s.hidden = arena.take(cut.tile * (hidden_columns(p) + 16), size);
       s.panels = panels;
     }
@@ -278,9 +278,11 @@ struct BackwardCall : Call<BackwardParams> {
     }
     if (p.scorer == Scorer::gated) {
       s.items = arena.take(cut.tile * (round_up(n.features, kBlockColumns) + 16), size);
-      s.staged = arena.take(cut.tile * (n.features + 16), size);
+      s.staged = arena.take(cut.tile * (round_up(n.features, 2) + 16), size);
       s.hidden = arena.take(cut.tile * (hidden_columns(p) + 16), size);
       s.products = arena.take(cut.tile * hidden_columns(p), size);
+      if (p.dtype == DType::bfloat16)
+        s.rounded = arena.take(cut.tile * (hidden_columns(p) + 16 + round_up(n.features, kBlockColumns) / 2), size);
       s.panels = panels;
       s.panels_back = panels_back;
     }

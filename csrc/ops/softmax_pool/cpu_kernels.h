@@ -24,9 +24,10 @@ struct Scratch {
   void* coefficients;       // [2 M, tile] backward: p, then de
   void* items;              // additive, gated: gradients of a tile through the scores
   void* query_sums;         // additive backward: a vector of 64 bytes a query
-  void* staged;             // gated: [tile, D + 16] items as rows
+  void* staged;             // gated: [tile, D + 16] items as rows, D + 17 where D is odd
   void* hidden;             // gated: [tile, columns + 16]
   void* products;           // gated backward: [tile, columns] act(a) sigmoid(b)
+  void* rounded;            // gated backward in bfloat16: da, db and the items as its products take them
   const void* panels;       // gated: V and U for the products x V^T and
   const void* panels_back;  // da V
 };

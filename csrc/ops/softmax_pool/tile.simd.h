@@ -92,7 +92,13 @@ void put_items(Tile<From> from, Tile<To> to, int64_t items, int64_t features) {
         access.write(to.p + i * to.ld + j, access.read(from.p + i * from.ld + j));
       });
     else
-      for (int64_t j = 0; j < length; ++j) store_one(to.p + i * to.ld + j, load_one<A>(from.p + j * from.ld + i));
+      for (int64_t j = 0; j < length; ++j) {
+        const From& element = from.p[j * from.ld + i];
+        if constexpr (std::is_same_v<From, const To>)
+          to.p[i * to.ld + j] = element;
+        else
+          store_one(to.p + i * to.ld + j, load_one<A>(&element));
+      }
   }
 }
 

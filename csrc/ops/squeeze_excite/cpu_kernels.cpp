@@ -8,6 +8,7 @@ namespace attnkern::squeeze_excite {
 
 const CpuKernels& cpu_kernels(cpu::Isa isa) {
 #if defined(__x86_64__)
+  if (isa == cpu::Isa::avx512_bf16) return avx512_bf16::kKernels;
   if (isa == cpu::Isa::avx512) return avx512::kKernels;
   if (isa == cpu::Isa::avx2) return avx2::kKernels;
 #endif
