@@ -60,6 +60,11 @@ ATTNKERN_INLINE Vec<float> widen(Bits16 h, BFloat16) {
 }
 
 ATTNKERN_INLINE Bits16 narrow(Vec<float> v, BFloat16) {
+#if defined(ATTNKERN_AVX512_BF16)  // one instruction of nine, but to it subnormals are 0
+  constexpr int kSubnormal = 0x20;
+  if (__builtin_expect(_mm512_fpclass_ps_mask((__m512)v, kSubnormal) == 0, 1))
+    return bit_cast<Bits16>(_mm512_cvtneps_pbh((__m512)v));
+#endif
   const Bits32 u = bit_cast<Bits32>(v);
   const Bits32 rounded = u + 0x7fffu + ((u >> 16) & 1u);
   const Bits32 quiet = u | 0x400000u;

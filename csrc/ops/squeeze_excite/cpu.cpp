@@ -39,7 +39,8 @@ int64_t block_rows(const Inputs& p) {
 int64_t blocks(const Inputs& p) { return ceil_div(rows(p), block_rows(p)); }
 
 // `maps`: how many maps a sample reads twice or carries between the passes.
-Plan make_plan(const Inputs& p, int threads, int maps) {
+template <class Params>
+Plan make_plan(const Params& p, int threads, int maps) {
   const int64_t bytes = map_bytes(p) * maps, batch = p.sizes.batch;
   const int64_t weights = (p.sizes.hidden ? p.sizes.hidden * (p.sizes.channels + p.sizes.width)
                            : p.w1         ? p.sizes.width * p.sizes.channels
@@ -47,7 +48,7 @@ Plan make_plan(const Inputs& p, int threads, int maps) {
                           size_of(p.weight_dtype);
   const int64_t share = std::max(cpu::l2_bytes(), cpu::l3_bytes() / threads / 2);
   const int64_t row_bytes = columns(p) * size_of(p.dtype);
-  const bool whole_lines = row_bytes % 64 == 0 || row_bytes >= kStreamedRowBytes;
+  const bool whole_lines = joins_rows(p) || row_bytes % 64 == 0 || row_bytes >= kStreamedRowBytes;
   const bool stream = whole_lines && map_bytes(p) * batch * 2 > cpu::l3_bytes();
   const bool balanced = batch >= 4 * threads || batch % threads == 0;
   if (threads == 1 || (balanced && bytes <= share)) {

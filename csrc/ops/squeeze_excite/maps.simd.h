@@ -286,12 +286,46 @@ ATTNKERN_INLINE void each_vector(const T* out, int64_t n, bool streaming, bool b
   if (i < n) step(i, Part{n - i}, std::false_type{});
 }
 
+// out = s in + t over `rows` rows of n elements that follow one another (cpu_kernels.h: joins_rows): whole aligned
+// vectors, one of which may end a row and begin the next.
+template <class T, class A>
+void scale_joined(const T* in, T* out, const A* s, const A* t, int64_t n, int64_t rows, bool streaming) {
+  constexpr int64_t lanes = kLanes<A>, bytes = lanes * sizeof(T);
+  const auto scale = [&](auto streaming) ATTNKERN_INLINE_LAMBDA {
+    const auto step = [&](int64_t i, auto access, Vec<A> si, Vec<A> ti)
+                          ATTNKERN_INLINE_LAMBDA { access.write(out + i, access.read(in + i) * si + ti, streaming); };
+    const int64_t ahead = reinterpret_cast<uintptr_t>(out) % bytes / sizeof(T);
+    int64_t i = ahead ? lanes - ahead : 0;
+    if (i) step(0, Part{i}, splat(s[0]), splat(t[0]));
+    for (int64_t row = 0; row < rows; ++row) {
+      const int64_t end = (row + 1) * n;
+      const Vec<A> si = splat(s[row]), ti = splat(t[row]);
+      for (; i + lanes <= end; i += lanes) step(i, Whole{}, si, ti);
+      if (i >= end) continue;
+      if (row + 1 == rows) return step(i, Part{end - i}, si, ti);
+      const Mask<A> own = lane_index<A>() < static_cast<Int<A>>(end - i);
+      step(i, Whole{}, own ? si : splat(s[row + 1]), own ? ti : splat(t[row + 1]));
+      i += lanes;
+    }
+  };
+  streaming ? scale(std::true_type{}) : scale(std::false_type{});
+}
+
 template <class T, bool last>
 void rescale_rows(const ForwardParams& p, const Coefficients& coefficients, int64_t b, Range range, bool streaming) {
   using A = Accumulator<T>;
   const int64_t n = columns_of(p), rows = last ? p.sizes.length : p.sizes.channels;
   const Act act = p.options.out_act;
   const bool plain = act == Act::identity && !p.residual.data;  // y = s x + t, the loop most calls spend their time in
+  if constexpr (!last) {
+    if (joins_rows(p)) {
+      const int64_t at = b * p.sizes.channels + range.begin;
+      scale_joined(row_of<T>(p.x, b, range.begin), row_of<T>(p.y, b, range.begin),
+                   static_cast<const A*>(coefficients.s) + at, static_cast<const A*>(coefficients.t) + at, n,
+                   range.end - range.begin, streaming);
+      range.begin = range.end;
+    }
+  }
   for (int64_t row = range.begin; row < range.end; ++row) {
     const T* x = row_of<T>(p.x, b, row);
     const T* residual = row_of<T>(p.residual, b, row);
@@ -328,6 +362,14 @@ void grad_x_rows(const BackwardParams& p, const Coefficients& u, const Coefficie
                  bool streaming) {
   using A = Accumulator<T>;
   const int64_t n = columns_of(p);
+  if constexpr (!last) {
+    if (joins_rows(p)) {
+      const int64_t at = b * p.sizes.channels + range.begin;
+      scale_joined(row_of<T>(p.dy, b, range.begin), row_of<T>(p.dx, b, range.begin), static_cast<const A*>(c.s) + at,
+                   static_cast<const A*>(c.t) + at, n, range.end - range.begin, streaming);
+      range.begin = range.end;
+    }
+  }
   visit_grad<T, last>(p, u, [&](const auto& grad) {
     for (int64_t row = range.begin; row < range.end; ++row) {
       const auto v = grad(b, row);
