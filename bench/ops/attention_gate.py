@@ -50,6 +50,7 @@ def _cpu() -> list[Subject]:
     quick = [
         _subject(_gate(4, 64, 128, 128), "fp32"),
         _subject(_monai(4, 64, 64, 64, training=True), "fp32", compile=False),
+        _subject(_gate(4, 64, 128, 128), "bf16", compile=False),
     ]
     rows = [
         _gate(4, 64, 128, 128),
@@ -63,7 +64,11 @@ def _cpu() -> list[Subject]:
     ]
     full = [_subject(c, "fp32", quick=False) for c in rows[1:]]
     full.append(_subject(rows[0], "fp32", channels_last=True, quick=False))
-    full += [_subject(c, "bf16", quick=False) for c in rows[:2]]
+    full.append(_subject(rows[1], "bf16", quick=False))
+    full += [
+        _subject(c, "bf16", channels_last=True, quick=False)
+        for c in (rows[0], _monai(4, 64, 64, 64, training=True))
+    ]
     return quick + full
 
 

@@ -142,6 +142,7 @@ def _cpu() -> list[Subject]:
         _subject(_context(32, 256, 56, 56), "fp32"),
         _subject(_additive(80, 196, 512, 512), "fp32", compile=False),
         _subject(_gated(10_000, 512, 256), "fp32"),
+        _subject(_gated(10_000, 512, 256), "bf16", compile=False),
         _subject(_latent(2, 729, 1152, 16), "fp32", compile=False),
     ]
     large = [
