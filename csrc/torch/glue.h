@@ -12,6 +12,7 @@
 #include <optional>
 #include <string>
 #include <string_view>
+#include <type_traits>
 
 #include "core/dtype.h"
 #include "core/parallel.h"
@@ -88,7 +89,8 @@ inline Tensor empty_like(const Tensor& x) {
                : torch::stable::empty_like(x);
 }
 
-inline Tensor nothing(const Tensor& x) { return empty(x, std::array<int64_t, 1>{0}, x.scalar_type()); }
+inline Tensor nothing(const Tensor& x, ScalarType dtype) { return empty(x, std::array<int64_t, 1>{0}, dtype); }
+inline Tensor nothing(const Tensor& x) { return nothing(x, x.scalar_type()); }
 
 // An output of the shape, dtype and memory format of `like`, or an empty tensor where it is not wanted.
 inline Tensor output_like(const MaybeTensor& like, bool wanted, const Tensor& x) {
@@ -122,8 +124,48 @@ inline void* current_stream(const Tensor& tensor) {
   return stream;
 }
 
-inline Tensor bytes(const Tensor& x, size_t size) {
-  return empty(x, std::array<int64_t, 1>{static_cast<int64_t>(size)}, ScalarType::Byte);
+// A launcher of params.h, and what tells the bytes of workspace that it wants; null where Params have none.
+template <class Params>
+struct CpuLauncher {
+  Status (*launch)(const Params&, const ThreadPool&);
+  size_t (*workspace)(const Params&, const ThreadPool&) = nullptr;
+};
+template <class Params>
+struct CudaLauncher {
+  Status (*launch)(const Params&, void* stream) = nullptr;
+  size_t (*workspace)(const Params&) = nullptr;
+};
+
+// Names of functions that a build without CUDA has not: its linker would look for them in vain.
+#ifdef ATTNKERN_WITH_CUDA
+#define ATTNKERN_CUDA(...) __VA_ARGS__
+#else
+#define ATTNKERN_CUDA(...)
+#endif
+
+// Fresh memory beside x, that the caller holds until the launch.
+template <class Params>
+Tensor give_workspace(Params& p, const Tensor& x, size_t bytes) {
+  Tensor workspace = empty(x, std::array<int64_t, 1>{static_cast<int64_t>(bytes)}, ScalarType::Byte);
+  p.workspace = mutable_or_null(workspace);
+  return workspace;
+}
+
+// Launches `op` on the device of x, by `cuda` where that is a GPU: {ATTNKERN_CUDA(...)}.
+template <class Params>
+void launch(const char* op, Params& p, const Tensor& x, std::type_identity_t<CpuLauncher<Params>> cpu,
+            [[maybe_unused]] std::type_identity_t<CudaLauncher<Params>> cuda) {
+  MaybeTensor workspace;
+#ifdef ATTNKERN_WITH_CUDA
+  if (x.is_cuda()) {
+    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
+    if constexpr (requires { p.workspace; }) workspace = give_workspace(p, x, cuda.workspace(p));
+    return check(cuda.launch(p, current_stream(x)), op);
+  }
+#endif
+  const ThreadPool pool = torch_threads();
+  if constexpr (requires { p.workspace; }) workspace = give_workspace(p, x, cpu.workspace(p, pool));
+  check(cpu.launch(p, pool), op);
 }
 
 }  // namespace attnkern::glue

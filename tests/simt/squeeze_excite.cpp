@@ -71,9 +71,10 @@ const char* se_backward(const BackwardParams* p, const Force* force, int64_t* pl
   return message;
 }
 
-const char* se_squeeze(const ForwardParams* p) {
-  const Memory memory(squeeze_workspace_cuda(p->dtype, p->layout, p->sizes));
-  return launch_squeeze_cuda(p->x, p->dtype, p->layout, p->sizes, p->mean, memory.data, nullptr).message;
+const char* se_squeeze(ForwardParams* p) {
+  const Memory memory(squeeze_workspace_cuda(*p));
+  p->workspace = memory.data;
+  return launch_squeeze_cuda(*p, nullptr).message;
 }
 
 // The launchers that register.cpp calls: their own plan, from the device's own properties.

@@ -88,25 +88,6 @@ void fill(Inputs& p, const Call& c) {
   p.tap_weights = glue::data_or_null(c.tap_weights);
 }
 
-template <class Params, class Workspace, class Launch>
-void launch_cpu(Params& p, const Tensor& x, Workspace workspace_of, Launch launch, const char* op) {
-  const ThreadPool pool = glue::torch_threads();
-  Tensor workspace = glue::bytes(x, workspace_of(p, pool));
-  p.workspace = glue::mutable_or_null(workspace);
-  glue::check(launch(p, pool), op);
-}
-
-#ifdef ATTNKERN_WITH_CUDA
-template <class Params, class Workspace, class Launch>
-void launch_cuda(Params& p, const Tensor& x, Workspace workspace_of, Launch launch, const char* op) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor workspace = glue::bytes(x, workspace_of(p));
-  p.workspace = glue::mutable_or_null(workspace);
-  glue::check(launch(p, glue::current_stream(x)), op);
-}
-#endif
-
-Tensor nothing(const Tensor& like) { return glue::empty(like, std::array<int64_t, 1>{0}, like.scalar_type()); }
 Tensor vector(const Tensor& like, int64_t size) {
   return glue::empty(like, std::array<int64_t, 1>{size}, like.scalar_type());
 }
@@ -120,15 +101,11 @@ std::tuple<Tensor, Tensor> forward(const Tensor& x, const Tensor& g, const Tenso
   fill(p, {x, g, theta, phi, bias, psi, psi_bias, taps, tap_weights, act, slope, {k1, k2, k3}, target, apply});
   const Sizes& n = p.sizes;
   Tensor q = glue::empty(x, std::array<int64_t, 4>{n.batch, n.grid[0], n.grid[1], n.grid[2]}, theta.scalar_type());
-  Tensor y = apply ? glue::empty_like(p.target == Target::x ? x : g) : nothing(x);
+  Tensor y = glue::output_like(p.target == Target::x ? x : g, apply, x);
   p.q = glue::mutable_or_null(q);
   p.y = mutable_map(y, is_channels_last(x));
-#ifdef ATTNKERN_WITH_CUDA
-  if (x.is_cuda())
-    launch_cuda(p, x, forward_workspace_cuda, launch_forward_cuda, "attention_gate");
-  else
-#endif
-    launch_cpu(p, x, forward_workspace_cpu, launch_forward_cpu, "attention_gate");
+  glue::launch("attention_gate", p, x, {launch_forward_cpu, forward_workspace_cpu},
+               {ATTNKERN_CUDA(launch_forward_cuda, forward_workspace_cuda)});
   return {q, y};
 }
 
@@ -147,10 +124,10 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     p.d = const_map(*d, last);
   }
   const int64_t hidden = need_weights ? p.sizes.hidden : 0;
-  Tensor dx = need_x ? glue::empty_like(x) : nothing(x);
-  Tensor dg = need_g ? glue::empty_like(g) : nothing(x);
-  Tensor dtheta = need_weights ? glue::empty_like(theta) : nothing(theta);
-  Tensor dphi = phi.has_value() && need_weights ? glue::empty_like(*phi) : nothing(theta);
+  Tensor dx = glue::output_like(x, need_x, x);
+  Tensor dg = glue::output_like(g, need_g, x);
+  Tensor dtheta = glue::output_like(theta, need_weights, theta);
+  Tensor dphi = glue::output_like(phi, need_weights, theta);
   Tensor dbias = vector(theta, hidden), dpsi = vector(theta, hidden), dpsi_bias = vector(theta, need_weights ? 1 : 0);
   p.dq = glue::data_or_null(dq);
   p.q = glue::data_or_null(q);
@@ -163,12 +140,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
   p.dbias = glue::mutable_or_null(dbias);
   p.dpsi = glue::mutable_or_null(dpsi);
   p.dpsi_bias = glue::mutable_or_null(dpsi_bias);
-#ifdef ATTNKERN_WITH_CUDA
-  if (x.is_cuda())
-    launch_cuda(p, x, backward_workspace_cuda, launch_backward_cuda, "attention_gate backward");
-  else
-#endif
-    launch_cpu(p, x, backward_workspace_cpu, launch_backward_cpu, "attention_gate backward");
+  glue::launch("attention_gate backward", p, x, {launch_backward_cpu, backward_workspace_cpu},
+               {ATTNKERN_CUDA(launch_backward_cuda, backward_workspace_cuda)});
   return {dx, dg, dtheta, dphi, dbias, dpsi, dpsi_bias};
 }
 
@@ -181,12 +154,8 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const Tensor& weight, int64_
   Tensor mean = vector(weight, p.sizes.hidden), var = vector(weight, p.sizes.hidden);
   p.mean = glue::mutable_or_null(mean);
   p.var = glue::mutable_or_null(var);
-#ifdef ATTNKERN_WITH_CUDA
-  if (x.is_cuda())
-    launch_cuda(p, x, moments_workspace_cuda, launch_moments_cuda, "attention_gate moments");
-  else
-#endif
-    launch_cpu(p, x, moments_workspace_cpu, launch_moments_cpu, "attention_gate moments");
+  glue::launch("attention_gate moments", p, x, {launch_moments_cpu, moments_workspace_cpu},
+               {ATTNKERN_CUDA(launch_moments_cuda, moments_workspace_cuda)});
   return {mean, var};
 }
 
@@ -205,12 +174,8 @@ std::tuple<Tensor, Tensor, Tensor> sums(const Tensor& dq, const Tensor& x, const
   p.dh = glue::mutable_or_null(dh);
   p.dht = glue::mutable_or_null(dht);
   p.dhu = glue::mutable_or_null(dhu);
-#ifdef ATTNKERN_WITH_CUDA
-  if (x.is_cuda())
-    launch_cuda(p, x, sums_workspace_cuda, launch_sums_cuda, "attention_gate sums");
-  else
-#endif
-    launch_cpu(p, x, sums_workspace_cpu, launch_sums_cpu, "attention_gate sums");
+  glue::launch("attention_gate sums", p, x, {launch_sums_cpu, sums_workspace_cpu},
+               {ATTNKERN_CUDA(launch_sums_cuda, sums_workspace_cuda)});
   return {dh, dht, dhu};
 }
 
@@ -220,13 +185,7 @@ Tensor apply_forward(const Tensor& x, const Tensor& alpha) {
   const ApplyParams p{
       glue::dtype_of(x),      x.size(0),           x.size(1), x.size(2) * x.size(3) * x.size(4), const_map(x, last),
       alpha.const_data_ptr(), mutable_map(y, last)};
-#ifdef ATTNKERN_WITH_CUDA
-  if (x.is_cuda()) {
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    glue::check(launch_apply_cuda(p, glue::current_stream(x)), "gate_apply");
-  } else
-#endif
-    glue::check(launch_apply_cpu(p, glue::torch_threads()), "gate_apply");
+  glue::launch("gate_apply", p, x, {launch_apply_cpu}, {ATTNKERN_CUDA(launch_apply_cuda)});
   return y;
 }
 
@@ -243,13 +202,7 @@ std::tuple<Tensor, Tensor> apply_backward(const Tensor& dy, const Tensor& x, con
                               alpha.const_data_ptr(),
                               mutable_map(dx, last),
                               dalpha.mutable_data_ptr()};
-#ifdef ATTNKERN_WITH_CUDA
-  if (x.is_cuda()) {
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    glue::check(launch_apply_backward_cuda(p, glue::current_stream(x)), "gate_apply backward");
-  } else
-#endif
-    glue::check(launch_apply_backward_cpu(p, glue::torch_threads()), "gate_apply backward");
+  glue::launch("gate_apply backward", p, x, {launch_apply_backward_cpu}, {ATTNKERN_CUDA(launch_apply_backward_cuda)});
   return {dx, dalpha};
 }
 

@@ -64,24 +64,6 @@ void fill(Inputs& p, const Call& t) {
   p.offsets = static_cast<const int64_t*>(glue::data_or_null(t.offsets));
 }
 
-template <class Params, class Workspace, class Launch>
-void launch_cpu(Params& p, const Tensor& x, Workspace workspace_of, Launch launch, const char* op) {
-  const ThreadPool pool = glue::torch_threads();
-  Tensor workspace = glue::bytes(x, workspace_of(p, pool));
-  p.workspace = glue::mutable_or_null(workspace);
-  glue::check(launch(p, pool), op);
-}
-
-#ifdef ATTNKERN_WITH_CUDA
-template <class Params, class Workspace, class Launch>
-void launch_cuda(Params& p, const Tensor& x, Workspace workspace_of, Launch launch, const char* op) {
-  const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-  Tensor workspace = glue::bytes(x, workspace_of(p));
-  p.workspace = glue::mutable_or_null(workspace);
-  glue::check(launch(p, glue::current_stream(x)), op);
-}
-#endif
-
 std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& values, const MaybeTensor& keys, const MaybeTensor& query,
                                            const MaybeTensor& scores, const MaybeTensor& V, const MaybeTensor& b_V,
                                            const MaybeTensor& U, const MaybeTensor& b_U, const MaybeTensor& w,
@@ -96,17 +78,12 @@ std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& values, const MaybeTens
   Tensor lse = glue::empty(values, std::array<int64_t, 3>{n.batch, n.heads, n.queries}, acc);
   Tensor raw = return_scores
                    ? glue::empty(values, std::array<int64_t, 4>{values.size(0), n.heads, n.queries, n.items}, acc)
-                   : glue::empty(values, std::array<int64_t, 1>{0}, acc);
+                   : glue::nothing(values, acc);
   p.z = glue::mutable_or_null(z);
   p.lse = glue::mutable_or_null(lse);
   p.scores_out = glue::mutable_or_null(raw);
-#ifdef ATTNKERN_WITH_CUDA
-  if (values.is_cuda()) {
-    launch_cuda(p, values, forward_workspace_cuda, launch_forward_cuda, "softmax_pool");
-    return {z, lse, raw};
-  }
-#endif
-  launch_cpu(p, values, forward_workspace_cpu, launch_forward_cpu, "softmax_pool");
+  glue::launch("softmax_pool", p, values, {launch_forward_cpu, forward_workspace_cpu},
+               {ATTNKERN_CUDA(launch_forward_cuda, forward_workspace_cuda)});
   return {z, lse, raw};
 }
 
@@ -120,7 +97,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   BackwardParams p{};
   fill(p, {values, keys, query, scores, V, b_V, U, b_U, w, c, bias, offsets, scorer, act, scale});
   const auto acc = glue::accumulation_scalar(values);
-  const auto nothing = [&] { return glue::empty(values, std::array<int64_t, 1>{0}, acc); };
+  const auto nothing = [&] { return glue::nothing(values, acc); };
   const auto weight_like = [&](const MaybeTensor& t) {
     if (!t.has_value() || !need_weights) return nothing();
     return t->dim() == 1 ? glue::empty(values, std::array<int64_t, 1>{t->size(0)}, acc)
@@ -151,12 +128,8 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   p.dU = glue::mutable_or_null(dU);
   p.db_U = glue::mutable_or_null(db_U);
   p.dw = glue::mutable_or_null(dw);
-#ifdef ATTNKERN_WITH_CUDA
-  if (values.is_cuda())
-    launch_cuda(p, values, backward_workspace_cuda, launch_backward_cuda, "softmax_pool backward");
-  else
-#endif
-    launch_cpu(p, values, backward_workspace_cpu, launch_backward_cpu, "softmax_pool backward");
+  glue::launch("softmax_pool backward", p, values, {launch_backward_cpu, backward_workspace_cpu},
+               {ATTNKERN_CUDA(launch_backward_cuda, backward_workspace_cuda)});
   return {dvalues, dkeys, dquery, dlogits, dV, db_V, dU, db_U, dw};
 }
 

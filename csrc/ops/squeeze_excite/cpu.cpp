@@ -312,16 +312,6 @@ BackwardCall backward_call(const BackwardParams& p, const ThreadPool& pool, cons
   return {{p, pool, kernels, make_plan(p, pool.threads, 2)}, {}, {}, {}, {}, {}, {}, {}, {}, {}, {}};
 }
 
-ForwardParams squeeze_params(const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean) {
-  ForwardParams p{};
-  p.dtype = dtype;
-  p.layout = layout;
-  p.sizes = sizes;
-  p.x = x;
-  p.mean = mean;
-  return p;
-}
-
 }  // namespace
 
 size_t forward_workspace_cpu(const ForwardParams& params, const ThreadPool& pool) {
@@ -349,16 +339,14 @@ Status launch_backward_cpu(const BackwardParams& params, const ThreadPool& pool)
   return {};
 }
 
-size_t squeeze_workspace_cpu(DType dtype, Layout layout, const Sizes& sizes, const ThreadPool& pool) {
-  return forward_workspace_cpu(squeeze_params({}, dtype, layout, sizes, nullptr), pool);
+size_t squeeze_workspace_cpu(const ForwardParams& params, const ThreadPool& pool) {
+  return forward_workspace_cpu(params, pool);
 }
 
-Status launch_squeeze_cpu(const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean,
-                          void* workspace, const ThreadPool& pool) {
+Status launch_squeeze_cpu(const ForwardParams& params, const ThreadPool& pool) {
   if (const char* error = cpu::isa_error()) return {error};
-  const ForwardParams params = squeeze_params(x, dtype, layout, sizes, mean);
   ForwardCall call = forward_call(params, pool, cpu_kernels(cpu::active_isa()));
-  call.carve(workspace);
+  call.carve(params.workspace);
   call.each_group([&](Range r) { call.squeeze_grouped(r); }, [&](Range r) { call.squeeze_phased(r); });
   return {};
 }

@@ -52,18 +52,6 @@ Carved carve(const ForwardParams& p, const Plan& plan, const Device& device, voi
 
 Status query(Device& device) { return plan_device(squeeze_excite_resident_kernel<float, false, Forward>, device); }
 
-ForwardParams squeeze_params(const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean) {
-  ForwardParams p{};
-  p.dtype = dtype;
-  p.weight_dtype = DType::float32;
-  p.layout = layout;
-  p.sizes = sizes;
-  p.options.gain = 1;
-  p.x = x;
-  p.mean = mean;
-  return p;
-}
-
 Plan squeeze_plan(const ForwardParams& p, const Device& device) {
   Force force;
   force.strategy = static_cast<int>(Strategy::batched);
@@ -117,30 +105,19 @@ Status launch_forward_cuda(const ForwardParams& p, void* stream) {
   return launch_forward_cuda(p, make_plan(problem_of(p), device), device, stream);
 }
 
-size_t squeeze_workspace_cuda(DType dtype, Layout layout, const Sizes& sizes) {
+size_t squeeze_workspace_cuda(const ForwardParams& p) {
   Device device;
   if (!query(device).ok()) return 0;
-  // Alignment is not known here: the narrow plan's workspace is the larger
-  ConstMap x{reinterpret_cast<const void*>(uintptr_t{16}), sizes.channels * sizes.length,
-             layout == Layout::channels_last ? sizes.channels : sizes.length};
-  size_t bytes = 0;
-  for (const uintptr_t base : {uintptr_t{16}, uintptr_t{17}}) {
-    x.data = reinterpret_cast<const void*>(base);
-    const ForwardParams p = squeeze_params(x, dtype, layout, sizes, nullptr);
-    bytes = std::max(bytes, forward_workspace_cuda(p, squeeze_plan(p, device), device));
-  }
-  return bytes;
+  return forward_workspace_cuda(p, squeeze_plan(p, device), device);
 }
 
-Status launch_squeeze_cuda(const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean,
-                           void* workspace, void* stream) {
-  if (sizes.batch == 0) return {};
+Status launch_squeeze_cuda(const ForwardParams& p, void* stream) {
+  if (p.sizes.batch == 0) return {};
   Device device;
   if (const Status status = query(device); !status.ok()) return status;
-  const ForwardParams p = squeeze_params(x, dtype, layout, sizes, mean);
   const Plan plan = squeeze_plan(p, device);
-  const Carved w = carve(p, plan, device, workspace);
-  return visit_map(dtype, layout, [&](auto kind, auto last) {
+  const Carved w = carve(p, plan, device, p.workspace);
+  return visit_map(p.dtype, p.layout, [&](auto kind, auto last) {
     return launch_streamed<decltype(kind), decltype(last)::value, Forward>(p, plan, w.kernel, Phase::sums, stream);
   });
 }

@@ -96,22 +96,22 @@ struct BackwardParams : Inputs {
   void* workspace = nullptr;
 };
 
+// The squeeze alone writes mean, and reads dtype, layout, sizes (without a hidden layer) and x.
+//
 // CPU. The workspace is what *_workspace_cpu says, in bytes, 64-byte aligned, contents undefined. B may be 0.
 size_t forward_workspace_cpu(const ForwardParams& params, const ThreadPool& pool);
 size_t backward_workspace_cpu(const BackwardParams& params, const ThreadPool& pool);
 Status launch_forward_cpu(const ForwardParams& params, const ThreadPool& pool);
 Status launch_backward_cpu(const BackwardParams& params, const ThreadPool& pool);
-size_t squeeze_workspace_cpu(DType dtype, Layout layout, const Sizes& sizes, const ThreadPool& pool);
-Status launch_squeeze_cpu(const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean,
-                          void* workspace, const ThreadPool& pool);
+size_t squeeze_workspace_cpu(const ForwardParams& params, const ThreadPool& pool);
+Status launch_squeeze_cpu(const ForwardParams& params, const ThreadPool& pool);
 
 // CUDA. `stream` is a cudaStream_t; the workspace is device memory, 256-byte aligned, contents undefined. B may be 0.
 size_t forward_workspace_cuda(const ForwardParams& params);
 size_t backward_workspace_cuda(const BackwardParams& params);
 Status launch_forward_cuda(const ForwardParams& params, void* stream);
 Status launch_backward_cuda(const BackwardParams& params, void* stream);
-size_t squeeze_workspace_cuda(DType dtype, Layout layout, const Sizes& sizes);
-Status launch_squeeze_cuda(const ConstMap& x, DType dtype, Layout layout, const Sizes& sizes, void* mean,
-                           void* workspace, void* stream);
+size_t squeeze_workspace_cuda(const ForwardParams& params);
+Status launch_squeeze_cuda(const ForwardParams& params, void* stream);
 
 }  // namespace attnkern::squeeze_excite

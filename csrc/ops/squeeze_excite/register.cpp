@@ -104,36 +104,23 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor> forward(
   const auto small = [&](int64_t columns) {
     return glue::empty(x, std::array<int64_t, 2>{p.sizes.batch, columns}, acc);
   };
-  const auto none = [&] { return glue::empty(x, std::array<int64_t, 1>{0}, acc); };
   const auto byte = torch::headeronly::ScalarType::Byte;
   Tensor y = glue::empty_like(x);
-  Tensor mean = src.has_value() ? none() : small(p.sizes.channels);
-  Tensor hidden = p.sizes.hidden ? small(p.sizes.hidden) : none();
+  Tensor mean = src.has_value() ? glue::nothing(x, acc) : small(p.sizes.channels);
+  Tensor hidden = p.sizes.hidden ? small(p.sizes.hidden) : glue::nothing(x, acc);
   Tensor logits = small(p.sizes.width);
   const bool last = p.layout == Layout::channels_last;
   const int64_t rows = p.sizes.batch * (last ? p.sizes.length : p.sizes.channels);
   const int64_t columns = last ? p.sizes.channels : p.sizes.length;
-  Tensor mask = save_mask ? glue::empty(x, std::array<int64_t, 2>{rows, (columns + 7) / 8}, byte)
-                          : glue::empty(x, std::array<int64_t, 1>{0}, byte);
+  Tensor mask =
+      save_mask ? glue::empty(x, std::array<int64_t, 2>{rows, (columns + 7) / 8}, byte) : glue::nothing(x, byte);
   p.y = mutable_map(y, p.layout);
   p.mean = glue::mutable_or_null(mean);
   p.hidden = glue::mutable_or_null(hidden);
   p.logits = glue::mutable_or_null(logits);
   p.mask = static_cast<uint8_t*>(glue::mutable_or_null(mask));
-
-  if (x.is_cuda()) {
-#ifdef ATTNKERN_WITH_CUDA
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    Tensor workspace = glue::bytes(x, forward_workspace_cuda(p));
-    p.workspace = glue::mutable_or_null(workspace);
-    glue::check(launch_forward_cuda(p, glue::current_stream(x)), "squeeze_excite");
-#endif
-  } else {
-    const ThreadPool pool = glue::torch_threads();
-    Tensor workspace = glue::bytes(x, forward_workspace_cpu(p, pool));
-    p.workspace = glue::mutable_or_null(workspace);
-    glue::check(launch_forward_cpu(p, pool), "squeeze_excite");
-  }
+  glue::launch("squeeze_excite", p, x, {launch_forward_cpu, forward_workspace_cpu},
+               {ATTNKERN_CUDA(launch_forward_cuda, forward_workspace_cuda)});
   return {y, mean, hidden, logits, mask};
 }
 
@@ -172,44 +159,21 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   p.dact_weight = glue::mutable_or_null(dact_weight);
   p.dresidual = mutable_map(dresidual, p.layout);
   p.ddrop_path = glue::mutable_or_null(ddrop_path);
-
-  if (x.is_cuda()) {
-#ifdef ATTNKERN_WITH_CUDA
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    Tensor workspace = glue::bytes(x, backward_workspace_cuda(p));
-    p.workspace = glue::mutable_or_null(workspace);
-    glue::check(launch_backward_cuda(p, glue::current_stream(x)), "squeeze_excite backward");
-#endif
-  } else {
-    const ThreadPool pool = glue::torch_threads();
-    Tensor workspace = glue::bytes(x, backward_workspace_cpu(p, pool));
-    p.workspace = glue::mutable_or_null(workspace);
-    glue::check(launch_backward_cpu(p, pool), "squeeze_excite backward");
-  }
+  glue::launch("squeeze_excite backward", p, x, {launch_backward_cpu, backward_workspace_cpu},
+               {ATTNKERN_CUDA(launch_backward_cuda, backward_workspace_cuda)});
   return {dx, dsrc, dw1, db1, dw2, db2, dact_weight, dresidual, ddrop_path};
 }
 
 Tensor squeeze(const Tensor& x) {
-  const Layout layout = layout_of(x);
-  const Sizes sizes{x.size(0), x.size(1), positions(x), 0, x.size(1)};
-  const DType dtype = glue::dtype_of(x);
-  Tensor mean = glue::empty(x, std::array<int64_t, 2>{sizes.batch, sizes.channels}, glue::accumulation_scalar(x));
-  void* out = glue::mutable_or_null(mean);
-  if (x.is_cuda()) {
-#ifdef ATTNKERN_WITH_CUDA
-    const torch::stable::accelerator::DeviceGuard guard(x.get_device_index());
-    Tensor workspace = glue::bytes(x, squeeze_workspace_cuda(dtype, layout, sizes));
-    glue::check(launch_squeeze_cuda(const_map(x, layout), dtype, layout, sizes, out, glue::mutable_or_null(workspace),
-                                    glue::current_stream(x)),
-                "squeeze");
-#endif
-  } else {
-    const ThreadPool pool = glue::torch_threads();
-    Tensor workspace = glue::bytes(x, squeeze_workspace_cpu(dtype, layout, sizes, pool));
-    glue::check(
-        launch_squeeze_cpu(const_map(x, layout), dtype, layout, sizes, out, glue::mutable_or_null(workspace), pool),
-        "squeeze");
-  }
+  ForwardParams p{};
+  p.dtype = glue::dtype_of(x);
+  p.layout = layout_of(x);
+  p.sizes = {x.size(0), x.size(1), positions(x), 0, x.size(1)};
+  p.x = const_map(x, p.layout);
+  Tensor mean = glue::empty(x, std::array<int64_t, 2>{p.sizes.batch, p.sizes.channels}, glue::accumulation_scalar(x));
+  p.mean = glue::mutable_or_null(mean);
+  glue::launch("squeeze", p, x, {launch_squeeze_cpu, squeeze_workspace_cpu},
+               {ATTNKERN_CUDA(launch_squeeze_cuda, squeeze_workspace_cuda)});
   return mean;
 }
 
