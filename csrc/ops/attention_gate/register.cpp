@@ -206,26 +206,20 @@ std::tuple<Tensor, Tensor> apply_backward(const Tensor& dy, const Tensor& x, con
   return {dx, dalpha};
 }
 
+void implement(auto& library) {
+  library.impl("attention_gate_fwd.native", TORCH_BOX(&forward));
+  library.impl("attention_gate_bwd.native", TORCH_BOX(&backward));
+  library.impl("attention_gate_moments.native", TORCH_BOX(&moments));
+  library.impl("attention_gate_sums.native", TORCH_BOX(&sums));
+  library.impl("gate_apply_fwd.native", TORCH_BOX(&apply_forward));
+  library.impl("gate_apply_bwd.native", TORCH_BOX(&apply_backward));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(attnkern, CPU, m) {
-  m.impl("attention_gate_fwd.native", TORCH_BOX(&forward));
-  m.impl("attention_gate_bwd.native", TORCH_BOX(&backward));
-  m.impl("attention_gate_moments.native", TORCH_BOX(&moments));
-  m.impl("attention_gate_sums.native", TORCH_BOX(&sums));
-  m.impl("gate_apply_fwd.native", TORCH_BOX(&apply_forward));
-  m.impl("gate_apply_bwd.native", TORCH_BOX(&apply_backward));
-}
-
+STABLE_TORCH_LIBRARY_IMPL(attnkern, CPU, m) { implement(m); }
 #ifdef ATTNKERN_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(attnkern, CUDA, m) {
-  m.impl("attention_gate_fwd.native", TORCH_BOX(&forward));
-  m.impl("attention_gate_bwd.native", TORCH_BOX(&backward));
-  m.impl("attention_gate_moments.native", TORCH_BOX(&moments));
-  m.impl("attention_gate_sums.native", TORCH_BOX(&sums));
-  m.impl("gate_apply_fwd.native", TORCH_BOX(&apply_forward));
-  m.impl("gate_apply_bwd.native", TORCH_BOX(&apply_backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(attnkern, CUDA, m) { implement(m); }
 #endif
 
 }  // namespace attnkern::attention_gate

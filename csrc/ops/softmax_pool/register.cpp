@@ -133,18 +133,16 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   return {dvalues, dkeys, dquery, dlogits, dV, db_V, dU, db_U, dw};
 }
 
+void implement(auto& library) {
+  library.impl("softmax_pool_fwd.native", TORCH_BOX(&forward));
+  library.impl("softmax_pool_bwd.native", TORCH_BOX(&backward));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(attnkern, CPU, m) {
-  m.impl("softmax_pool_fwd.native", TORCH_BOX(&forward));
-  m.impl("softmax_pool_bwd.native", TORCH_BOX(&backward));
-}
-
+STABLE_TORCH_LIBRARY_IMPL(attnkern, CPU, m) { implement(m); }
 #ifdef ATTNKERN_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(attnkern, CUDA, m) {
-  m.impl("softmax_pool_fwd.native", TORCH_BOX(&forward));
-  m.impl("softmax_pool_bwd.native", TORCH_BOX(&backward));
-}
+STABLE_TORCH_LIBRARY_IMPL(attnkern, CUDA, m) { implement(m); }
 #endif
 
 }  // namespace attnkern::softmax_pool

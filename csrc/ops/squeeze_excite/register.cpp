@@ -177,20 +177,17 @@ Tensor squeeze(const Tensor& x) {
   return mean;
 }
 
+void implement(auto& library) {
+  library.impl("squeeze_excite_fwd.native", TORCH_BOX(&forward));
+  library.impl("squeeze_excite_bwd.native", TORCH_BOX(&backward));
+  library.impl("squeeze_fwd.native", TORCH_BOX(&squeeze));
+}
+
 }  // namespace
 
-STABLE_TORCH_LIBRARY_IMPL(attnkern, CPU, m) {
-  m.impl("squeeze_excite_fwd.native", TORCH_BOX(&forward));
-  m.impl("squeeze_excite_bwd.native", TORCH_BOX(&backward));
-  m.impl("squeeze_fwd.native", TORCH_BOX(&squeeze));
-}
-
+STABLE_TORCH_LIBRARY_IMPL(attnkern, CPU, m) { implement(m); }
 #ifdef ATTNKERN_WITH_CUDA
-STABLE_TORCH_LIBRARY_IMPL(attnkern, CUDA, m) {
-  m.impl("squeeze_excite_fwd.native", TORCH_BOX(&forward));
-  m.impl("squeeze_excite_bwd.native", TORCH_BOX(&backward));
-  m.impl("squeeze_fwd.native", TORCH_BOX(&squeeze));
-}
+STABLE_TORCH_LIBRARY_IMPL(attnkern, CUDA, m) { implement(m); }
 #endif
 
 }  // namespace attnkern::squeeze_excite
