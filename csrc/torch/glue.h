@@ -25,6 +25,23 @@ using torch::stable::Tensor;
 using MaybeTensor = std::optional<Tensor>;
 using ScalarType = torch::headeronly::ScalarType;
 
+// attnkern/_layout.py's rule for x [B, C, ...]: channels first when the spatial dims merge into one of stride 1.
+inline bool is_channels_last(const Tensor& x) {
+  int64_t expected = 1;
+  for (int64_t d = x.dim() - 1; d >= 2; --d) {
+    if (x.size(d) != 1 && x.stride(d) != expected) return true;
+    expected *= x.size(d);
+  }
+  return false;
+}
+
+// Of x channels last: the spatial dims merge into one of this stride.
+inline int64_t position_stride(const Tensor& x) {
+  for (int64_t d = x.dim() - 1; d >= 2; --d)
+    if (x.size(d) != 1) return x.stride(d);
+  return x.size(1);
+}
+
 inline DType dtype_of(const Tensor& tensor) {
   switch (tensor.scalar_type()) {
     case ScalarType::Float:

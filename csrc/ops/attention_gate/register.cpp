@@ -8,21 +8,12 @@
 namespace attnkern::attention_gate {
 namespace {
 
+using glue::is_channels_last;
 using glue::MaybeTensor;
 using glue::Tensor;
 
 constexpr std::array<std::string_view, 3> kActs{"relu", "leaky_relu", "softplus"};
 constexpr std::array<std::string_view, 2> kTargets{"x", "g"};
-
-// attnkern/_layout.py's rule for x [B, C, X1, X2, X3]: channels first when the spatial dims merge into one of stride 1.
-bool is_channels_last(const Tensor& x) {
-  int64_t expected = 1;
-  for (int64_t d = 4; d >= 2; --d) {
-    if (x.size(d) != 1 && x.stride(d) != expected) return true;
-    expected *= x.size(d);
-  }
-  return false;
-}
 
 // Whether t can be walked in that layout: a map of one channel, or of one position, in both.
 bool lies(const Tensor& t, bool last) {
@@ -32,14 +23,8 @@ bool lies(const Tensor& t, bool last) {
 
 template <class Pointer>
 MapOf<Pointer> map_of(Pointer data, const Tensor& t, bool last) {
-  if (!last) return {data, t.stride(0), t.stride(1), 1};
-  int64_t position = t.size(1);
-  for (int64_t d = 4; d >= 2; --d)
-    if (t.size(d) != 1) {
-      position = t.stride(d);
-      break;
-    }
-  return {data, t.stride(0), 1, position};
+  if (last) return {data, t.stride(0), 1, glue::position_stride(t)};
+  return {data, t.stride(0), t.stride(1), 1};
 }
 
 ConstMap const_map(const Tensor& t, bool last) { return map_of<const void*>(glue::data_or_null(t), t, last); }

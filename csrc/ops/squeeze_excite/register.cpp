@@ -22,28 +22,11 @@ int64_t positions(const Tensor& x) {
   return length;
 }
 
-// attnkern/_layout.py's rule: channels first when the spatial dims merge into one of stride 1.
-Layout layout_of(const Tensor& x) {
-  int64_t expected = 1;
-  for (int64_t d = x.dim() - 1; d >= 2; --d) {
-    if (x.size(d) != 1 && x.stride(d) != expected) return Layout::channels_last;
-    expected *= x.size(d);
-  }
-  return Layout::channels_first;
-}
+Layout layout_of(const Tensor& x) { return glue::is_channels_last(x) ? Layout::channels_last : Layout::channels_first; }
 
 template <class Pointer>
 MapOf<Pointer> map_of(Pointer data, const Tensor& x, Layout layout) {
-  int64_t row = x.stride(1);
-  if (layout == Layout::channels_last) {
-    row = x.size(1);
-    for (int64_t d = x.dim() - 1; d >= 2; --d)
-      if (x.size(d) != 1) {
-        row = x.stride(d);
-        break;
-      }
-  }
-  return {data, x.stride(0), row};
+  return {data, x.stride(0), layout == Layout::channels_last ? glue::position_stride(x) : x.stride(1)};
 }
 
 ConstMap const_map(const Tensor& x, Layout layout) { return map_of<const void*>(x.const_data_ptr(), x, layout); }
