@@ -27,7 +27,7 @@ bool is_normed(const BackwardParams& p) { return p.theta_branch.k0 || p.phi_bran
 
 Carved carve(const BackwardParams& p, const Plan& plan, void* base) {
   const Sizes& n = p.sizes;
-  Carver carver{static_cast<char*>(base)};
+  Carver carver{base};
   Carved c;
   const int64_t pitch = int64_t{plan.passes} * plan.hidden, rows = plan.chunk_units * plan.tile;
   c.hidden.pitch = pitch;

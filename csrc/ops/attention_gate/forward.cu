@@ -94,7 +94,7 @@ attention_gate_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN
 }
 
 size_t carve(const ForwardParams& p, const Plan& plan, SplitSpace& space) {
-  Carver carver{static_cast<char*>(p.workspace)};
+  Carver carver{p.workspace};
   space = take_split(carver, p, plan);
   return carver.bytes;
 }

@@ -1,24 +1,12 @@
 // What both directions' launchers share.
 #pragma once
 
+#include "cuda/carver.h"
 #include "cuda/launch.cuh"
 #include "cuda/visit.cuh"
 #include "ops/attention_gate/hidden.cuh"
 
 namespace attnkern::attention_gate {
-
-// Carves the workspace: the same calls count its bytes (base null) and hand it out.
-struct Carver {
-  char* base;
-  size_t bytes = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* const at = base ? reinterpret_cast<T*>(base + bytes) : nullptr;
-    bytes += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
-    return at;
-  }
-};
 
 inline bool is_last(const ConstMap& map) { return map.stride_position != 1; }
 

@@ -164,7 +164,7 @@ Inputs inputs_of(const SumsParams& p) { return p; }
 
 template <class Params>
 Carved carve(const Params& p, const Plan& plan, void* base) {
-  Carver carver{static_cast<char*>(base)};
+  Carver carver{base};
   Carved c;
   c.weights = take_split(carver, inputs_of(p), plan);
   c.partial = carver.take<float>(plan.slots * 3 * plan.passes * plan.hidden);

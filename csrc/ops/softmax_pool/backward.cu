@@ -218,7 +218,7 @@ bool shares_query(const BackwardParams& p) { return p.query.stride_batch == 0; }
 
 Carved carve(const BackwardParams& p, const Plan& plan, void* base) {
   const Sizes& n = p.sizes;
-  Carver carver{static_cast<char*>(base)};
+  Carver carver{base};
   Carved c{};
   const auto finish = [&] {
     c.deltas = carver.take<float>(rows_of(p));

@@ -190,7 +190,7 @@ struct Carved {
 bool merges(const ForwardParams& p, const Plan& plan) { return p.offsets || plan.pieces > 1; }
 
 Carved carve(const ForwardParams& p, const Plan& plan, void* base) {
-  Carver carver{static_cast<char*>(base)};
+  Carver carver{base};
   Carved c{};
   if (merges(p, plan)) {
     const int64_t rows = plan.units * p.sizes.heads * p.sizes.queries;

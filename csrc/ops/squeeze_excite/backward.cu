@@ -83,7 +83,7 @@ struct Carved {
 
 Carved carve(const BackwardParams& p, const Plan& plan, const Device& device, void* base) {
   const Sizes& n = p.sizes;
-  Carver carver{static_cast<char*>(base)};
+  Carver carver{base};
   Carved c{};
   c.kernel.dz = carver.take<float>(n.batch * n.width);
   c.kernel.da = carver.take<float>(n.batch * n.hidden);

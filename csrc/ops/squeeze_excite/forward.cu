@@ -33,7 +33,7 @@ struct Carved {
 };
 
 Carved carve(const ForwardParams& p, const Plan& plan, const Device& device, void* base) {
-  Carver carver{static_cast<char*>(base)};
+  Carver carver{base};
   Carved c{};
   if (plan.strategy != Strategy::resident) {
     c.kernel.counters = carver.take<uint32_t>(counter_count(p));

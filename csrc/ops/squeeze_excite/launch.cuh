@@ -4,6 +4,7 @@
 #include <array>
 #include <mutex>
 
+#include "cuda/carver.h"
 #include "cuda/launch.cuh"
 #include "cuda/visit.cuh"
 #include "ops/squeeze_excite/kernels.cuh"
@@ -37,19 +38,6 @@ Status plan_device(Kernel kernel, Device& device) {
   device = devices[index];
   return {};
 }
-
-// Carves the workspace: the same calls count its bytes (base null) and hand it out.
-struct Carver {
-  char* base;
-  size_t bytes = 0;
-
-  template <class T>
-  T* take(int64_t count) {
-    T* const at = base ? reinterpret_cast<T*>(base + bytes) : nullptr;
-    bytes += (static_cast<size_t>(count) * sizeof(T) + 255) / 256 * 256;
-    return at;
-  }
-};
 
 inline int64_t counter_count(const Inputs& p) { return 1 + 2 * p.sizes.batch; }
 
