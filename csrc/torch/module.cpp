@@ -41,10 +41,10 @@ PYBIND11_MODULE(_C, m) {
       py::arg("poison"), "Fill what the CPU kernels allocate with NaN, for tests; returns whether it was so before.");
   m.def(
       "plan",
-      [](const std::string& name, const attnkern::PlanQuery& query) {
+      [](const std::string& name, const std::map<std::string, int64_t>& query) {
         const auto found = attnkern::plans().find(name);
         if (found == attnkern::plans().end()) throw py::key_error("no plan is named " + name);
-        return found->second(query);
+        return found->second({query});
       },
       py::arg("name"), py::arg("query"), "The launch plan `name` for the sizes and device in `query`.");
 }

@@ -5,6 +5,7 @@
 #include <string>
 
 #include "core/plan_registry.h"
+#include "cuda/device_query.h"
 
 namespace attnkern::attention_gate {
 namespace {
@@ -198,34 +199,25 @@ Problem problem_of(const SumsParams& p) {
 namespace {
 
 PlanAnswer answer(const PlanQuery& query, Task task) {
-  const auto get = [&](const char* name, int64_t otherwise) {
-    const auto found = query.find(name);
-    return found == query.end() ? otherwise : found->second;
-  };
   Problem p{};
   p.task = task;
-  const int64_t kernel = get("kernel", 1), length = get("length", 1);  // along one dim
-  p.sizes.batch = get("batch", 1);
-  p.sizes.channels = get("channels", 1);
-  p.sizes.gating = get("gating", p.sizes.channels);
-  p.sizes.hidden = get("hidden", 1);
+  const int64_t kernel = query.get("kernel", 1), length = query.get("length", 1);  // along one dim
+  p.sizes.batch = query.get("batch", 1);
+  p.sizes.channels = query.get("channels", 1);
+  p.sizes.gating = query.get("gating", p.sizes.channels);
+  p.sizes.hidden = query.get("hidden", 1);
   for (int d = 0; d < 3; ++d) {
     p.sizes.x[d] = d == 2 ? length : 1;
     p.sizes.kernel[d] = d == 2 ? kernel : 1;
     p.sizes.grid[d] = p.sizes.g[d] = p.sizes.x[d] / p.sizes.kernel[d];
   }
-  p.dtype_bytes = static_cast<int>(get("dtype_bytes", 4));
-  p.last = get("channels_last", 0) != 0;
-  p.resampled = get("resampled", 0) != 0;
-  cuda::DeviceProperties device;
-  device.compute_capability = static_cast<int>(get("compute_capability", device.compute_capability));
-  device.sm_count = static_cast<int>(get("sm_count", device.sm_count));
-  device.shared_bytes_per_block = static_cast<int>(get("shared_per_block", device.shared_bytes_per_block));
-  device.shared_bytes_per_sm = static_cast<int>(get("shared_per_sm", device.shared_bytes_per_block + 1024));
-  device.l2_bytes = get("l2_bytes", device.l2_bytes);
-  const Plan plan = make_plan(
-      p, device,
-      {static_cast<int>(get("force_tile", 0)), static_cast<int>(get("force_chunk", 0)), get("force_chunk_units", 0)});
+  p.dtype_bytes = query.get<int>("dtype_bytes", 4);
+  p.last = query.get<bool>("channels_last", false);
+  p.resampled = query.get<bool>("resampled", false);
+  const cuda::DeviceProperties device = cuda::device_of(query);
+  const Plan plan =
+      make_plan(p, device,
+                {query.get<int>("force_tile", 0), query.get<int>("force_chunk", 0), query.get("force_chunk_units", 0)});
   return {
       {"threads", std::to_string(plan.threads)},
       {"tile", std::to_string(plan.tile)},

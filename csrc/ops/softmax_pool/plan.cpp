@@ -4,6 +4,7 @@
 #include <string>
 
 #include "core/plan_registry.h"
+#include "cuda/device_query.h"
 
 namespace attnkern::softmax_pool {
 namespace {
@@ -174,26 +175,17 @@ Problem problem_of(const BackwardParams& params) {
 namespace {
 
 PlanAnswer answer(const PlanQuery& query, Direction direction) {
-  const auto get = [&](const char* name, int64_t otherwise) {
-    const auto found = query.find(name);
-    return found == query.end() ? otherwise : found->second;
-  };
   Problem p{};
   p.direction = direction;
-  p.scorer = static_cast<Scorer>(get("scorer", 0));
-  p.sizes = {get("batch", 1),   get("heads", 1),    get("items", 1),
-             get("queries", 1), get("features", 1), get("hidden", 0)};
-  p.dtype_bytes = static_cast<int>(get("dtype_bytes", 4));
-  p.keyed = get("keyed", 0) != 0;
-  p.ragged = get("ragged", 0) != 0;
-  p.summed = get("summed", 0) != 0;
-  cuda::DeviceProperties device;
-  device.compute_capability = static_cast<int>(get("compute_capability", device.compute_capability));
-  device.sm_count = static_cast<int>(get("sm_count", device.sm_count));
-  device.shared_bytes_per_block = static_cast<int>(get("shared_per_block", device.shared_bytes_per_block));
-  device.shared_bytes_per_sm = static_cast<int>(get("shared_per_sm", device.shared_bytes_per_block + 1024));
-  device.l2_bytes = get("l2_bytes", device.l2_bytes);
-  const Plan plan = make_plan(p, device, {get("force_pieces", 0), static_cast<int>(get("force_tile", 0))});
+  p.scorer = query.get<Scorer>("scorer", Scorer::given);
+  p.sizes = {query.get("batch", 1),   query.get("heads", 1),    query.get("items", 1),
+             query.get("queries", 1), query.get("features", 1), query.get("hidden", 0)};
+  p.dtype_bytes = query.get<int>("dtype_bytes", 4);
+  p.keyed = query.get<bool>("keyed", false);
+  p.ragged = query.get<bool>("ragged", false);
+  p.summed = query.get<bool>("summed", false);
+  const cuda::DeviceProperties device = cuda::device_of(query);
+  const Plan plan = make_plan(p, device, {query.get("force_pieces", 0), query.get<int>("force_tile", 0)});
   return {
       {"threads", std::to_string(plan.threads)},
       {"product", std::to_string(plan.product)},

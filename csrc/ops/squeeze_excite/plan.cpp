@@ -5,6 +5,7 @@
 #include <string>
 
 #include "core/plan_registry.h"
+#include "cuda/device_query.h"
 
 namespace attnkern::squeeze_excite {
 namespace {
@@ -254,36 +255,27 @@ Problem problem_of(const BackwardParams& params) {
 namespace {
 
 PlanAnswer answer(const PlanQuery& query, Direction direction) {
-  const auto get = [&](const char* name, int64_t otherwise) {
-    const auto found = query.find(name);
-    return found == query.end() ? otherwise : found->second;
-  };
   Problem p{};
   p.direction = direction;
-  p.batch = get("batch", 1);
-  p.channels = get("channels", 1);
-  p.length = get("length", 1);
-  p.hidden = get("hidden", 0);
-  p.width = get("width", p.channels);
-  p.dtype_bytes = static_cast<int>(get("dtype_bytes", 4));
-  p.weight_bytes = static_cast<int>(get("weight_bytes", p.dtype_bytes));
-  p.channels_last = get("channels_last", 0) != 0;
-  p.layers = static_cast<int>(get("layers", p.hidden ? 2 : 1));
-  p.squeezes = direction == Direction::backward || get("squeezes", 1) != 0;
-  p.maskable = get("mask", 0) != 0;
+  p.batch = query.get("batch", 1);
+  p.channels = query.get("channels", 1);
+  p.length = query.get("length", 1);
+  p.hidden = query.get("hidden", 0);
+  p.width = query.get("width", p.channels);
+  p.dtype_bytes = query.get<int>("dtype_bytes", 4);
+  p.weight_bytes = query.get<int>("weight_bytes", p.dtype_bytes);
+  p.channels_last = query.get<bool>("channels_last", false);
+  p.layers = query.get<int>("layers", p.hidden ? 2 : 1);
+  p.squeezes = direction == Direction::backward || query.get<bool>("squeezes", true);
+  p.maskable = query.get<bool>("mask", false);
   const int64_t access = 16 / p.dtype_bytes;
-  p.aligned = get("aligned", p.channels_last ? p.channels % access == 0 : p.channels * p.length % access == 0) != 0;
-  Device device;
-  device.compute_capability = static_cast<int>(get("compute_capability", device.compute_capability));
-  device.sm_count = static_cast<int>(get("sm_count", device.sm_count));
-  device.shared_bytes_per_block = static_cast<int>(get("shared_per_block", device.shared_bytes_per_block));
-  device.shared_bytes_per_sm = static_cast<int>(get("shared_per_sm", device.shared_bytes_per_block + 1024));
-  device.l2_bytes = get("l2_bytes", device.l2_bytes);
+  p.aligned = query.get<bool>("aligned", (p.channels_last ? p.channels : p.channels * p.length) % access == 0);
+  Device device{cuda::device_of(query)};
   const char* const names[5] = {"clusters_1", "clusters_2", "clusters_4", "clusters_8", "clusters_16"};
-  for (int i = 0; i < 5; ++i) device.clusters[i] = static_cast<int>(get(names[i], device.clusters[i]));
+  for (int i = 0; i < 5; ++i) device.clusters[i] = query.get<int>(names[i], device.clusters[i]);
   Force force;
-  force.strategy = static_cast<int>(get("force_strategy", -1));
-  force.cluster = static_cast<int>(get("force_cluster", 0));
+  force.strategy = query.get<int>("force_strategy", -1);
+  force.cluster = query.get<int>("force_cluster", 0);
   const Plan plan = make_plan(p, device, force);
   const char* const strategies[4] = {"resident", "chunked", "streaming", "batched"};
   return {
