@@ -1,4 +1,4 @@
-// Element types of tensors and a visitor from the run-time value to the C++ type.
+// Element types of tensors. From the run-time value to a C++ type lead cpu/storage.h and cuda/visit.cuh.
 #pragma once
 
 #include <cstdint>
