@@ -81,14 +81,14 @@ struct BackwardCall : Call {
     bool covered = true;
     for (int d = 0; d < 2; ++d) covered = covered && n.grid[d] * n.kernel[d] == n.x[d];
     if (params.dx.data && !covered)
-      share(pool, lanes, n.batch, [&](int64_t b, int64_t) { kernels.uncovered(params, b); });
+      cpu::share(pool, lanes, n.batch, [&](int64_t b, int64_t) { kernels.uncovered(params, b); });
   }
 
   void merge_weights() const {
     if (!params.dtheta) return;
     const auto weight = [&](int64_t first, int64_t channels, int64_t patch, void* out) {
       groups.add(*this, first, channels * patch * width, at(groups.data, first));
-      share(pool, lanes, ceil_div(n.hidden, kPad), [&](int64_t i, int64_t) {
+      cpu::share(pool, lanes, ceil_div(n.hidden, kPad), [&](int64_t i, int64_t) {
         kernels.put_weight(accumulation(p.dtype), at(groups.data, first), channels, patch, n.hidden,
                            {i * kPad, std::min(n.hidden, (i + 1) * kPad)}, out);
       });
@@ -102,7 +102,7 @@ struct BackwardCall : Call {
 
   void merge_slabs() const {
     const int64_t all = volume(n.g), pieces = ceil_div(all, tile);
-    share(pool, lanes, n.batch * pieces, [&](int64_t i, int64_t lane) {
+    cpu::share(pool, lanes, n.batch * pieces, [&](int64_t i, int64_t lane) {
       const int64_t b = i / pieces, begin = i % pieces * tile;
       const Scratch s = lane_scratch(lane);
       kernels.merge_slabs(params, b, {begin, std::min(begin + tile, all)}, slabs + b * units.per_sample,
@@ -171,8 +171,8 @@ void apply_units(const Params& p, const ThreadPool& pool, int64_t maps, const Ke
   const Units units = cut(p.batch, p.length, 256, kUnits);
   const int64_t bytes = p.batch * p.length * p.channels * size_of(p.dtype);
   const bool streaming = maps * bytes > 2 * cpu::l3_bytes();
-  share(pool, lanes_for(pool, units.last, bytes), units.last,
-        [&](int64_t i, int64_t) { kernel(p, units.at(i), streaming); });
+  cpu::share(pool, cpu::lanes_for(pool, units.last, bytes), units.last,
+             [&](int64_t i, int64_t) { kernel(p, units.at(i), streaming); });
 }
 
 }  // namespace

@@ -6,10 +6,10 @@
 #pragma once
 
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "cpu/cache.h"
+#include "cpu/share.h"
 #include "ops/attention_gate/cpu_kernels.h"
 
 namespace attnkern::attention_gate {
@@ -17,7 +17,6 @@ namespace attnkern::attention_gate {
 constexpr int64_t kUnits = 64;            // units to share among threads, where there are so many tiles
 constexpr int64_t kRuns = 8;              // of units a thread, so that few tiles are waited for
 constexpr int64_t kSlabUnits = 16;        // where each has a part of dg, that meets the next in two rows or planes of g
-constexpr int64_t kGrainBytes = 1 << 16;  // of maps a thread should get, 5 us of work against 5 us to wake it
 constexpr int64_t kMergePiece = 1 << 12;  // elements of the weights' gradients
 
 inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
@@ -28,25 +27,6 @@ inline Units cut(int64_t batch, int64_t positions, int64_t tile, int64_t wanted)
   const int64_t length = tile * ceil_div(tiles, ceil_div(tiles, std::max<int64_t>(1, ceil_div(tiles * batch, wanted))));
   const int64_t per_sample = ceil_div(positions, length);
   return {length, per_sample, positions, 0, per_sample * batch};
-}
-
-// f(i, lane) for i < n on `lanes` threads of the pool, each on the next that is free
-template <class F>
-void share(const ThreadPool& pool, int64_t lanes, int64_t n, const F& f) {
-  lanes = std::min(lanes, n);
-  if (lanes <= 1) {
-    for (int64_t i = 0; i < n; ++i) f(i, int64_t{0});
-    return;
-  }
-  std::atomic<int64_t> next{0};
-  pool.parallel_for(lanes, 1, [&](int64_t begin, int64_t end) {
-    for (int64_t lane = begin; lane < end; ++lane)
-      for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i, lane);
-  });
-}
-
-inline int64_t lanes_for(const ThreadPool& pool, int64_t units, int64_t work) {
-  return std::max<int64_t>(1, std::min({static_cast<int64_t>(pool.threads), units, work / kGrainBytes}));
 }
 
 // The most positions of g along its last dim beside a run of at most `length` of the grid's.
@@ -93,7 +73,7 @@ struct Call {
   int64_t width = padded(n.hidden), ld = leading(n.hidden);
   int64_t tile = tile_size();
   Units units = cut(n.batch, positions, tile, slabbed ? kSlabUnits : kUnits);
-  int64_t lanes = lanes_for(pool, units.last, map_bytes() * (1 + n.hidden / 8));
+  int64_t lanes = cpu::lanes_for(pool, units.last, map_bytes() * (1 + n.hidden / 8));
   int64_t range = p.phi || !p.taps ? 0 : coarse_range(p, tile);
 
   Weights weights{};
@@ -157,7 +137,7 @@ struct Call {
   template <class F>
   void each_units(const F& f) const {
     const int64_t runs = std::min(units.last, lanes == 1 ? 1 : kRuns * lanes);
-    share(pool, lanes, runs, [&](int64_t i, int64_t lane) { f(part(i, runs), lane_scratch(lane)); });
+    cpu::share(pool, lanes, runs, [&](int64_t i, int64_t lane) { f(part(i, runs), lane_scratch(lane)); });
   }
   Units part(int64_t i, int64_t of) const {
     Units some = units;
@@ -183,7 +163,7 @@ struct Groups {
   // f(group's units, sums, scratch)
   template <class F>
   void each(const Call& call, const F& f) const {
-    share(call.pool, call.lanes, count, [&](int64_t group, int64_t lane) {
+    cpu::share(call.pool, call.lanes, count, [&](int64_t group, int64_t lane) {
       void* own = call.at(data, group * elements);
       std::memset(own, 0, static_cast<size_t>(elements * call.size));
       f(call.part(group, count), own, call.lane_scratch(lane));
@@ -191,7 +171,7 @@ struct Groups {
   }
   // out = the sum over groups of n elements from `first`; out may be the first group's
   void add(const Call& call, int64_t first, int64_t n, void* out) const {
-    share(call.pool, call.lanes, ceil_div(n, kMergePiece), [&](int64_t i, int64_t) {
+    cpu::share(call.pool, call.lanes, ceil_div(n, kMergePiece), [&](int64_t i, int64_t) {
       const int64_t at = i * kMergePiece;
       call.kernels.add(accumulation(call.p.dtype), call.at(data, first + at), elements, count, call.at(out, at),
                        std::min(kMergePiece, n - at));

@@ -4,10 +4,10 @@
 // thread in a fixed order, and what several units add to is merged in their order: results have the same bits for any
 // number of threads, which take units as they become free.
 #include <algorithm>
-#include <atomic>
 #include <cstring>
 
 #include "cpu/cache.h"
+#include "cpu/share.h"
 #include "ops/softmax_pool/cpu_kernels.h"
 
 namespace attnkern::softmax_pool {
@@ -15,7 +15,6 @@ namespace {
 
 constexpr int64_t kUnits = 64;                 // units to share among threads, where the items suffice
 constexpr int64_t kUnitBytes = 1 << 18;        // of items; a unit's partial sums and their merge then cost little
-constexpr int64_t kGrainBytes = 1 << 16;       // of items a thread should get, 5 us of work against 5 us to wake it
 constexpr int64_t kRowTileBytes = 1 << 16;     // a tile is read two to four times: from L2 at worst
 constexpr int64_t kGatedTile = 96;             // eight register tiles of 12 rows; 200 KB of hidden rows of 2 x 256
 constexpr int64_t kColumnTileBytes = 1 << 18;  // sums along items want rows of 1 KB
@@ -83,9 +82,7 @@ struct Call {
   void take_common(cpu::Arena& arena) {
     const Sizes& n = p.sizes;
     bounds = static_cast<int64_t*>(arena.take(p.offsets ? n.batch + 1 : 0, sizeof(int64_t)));
-    const int64_t bytes = work_bytes(p);
-    lanes =
-        std::max<int64_t>(1, std::min({static_cast<int64_t>(pool.threads), cut.spans * n.heads, bytes / kGrainBytes}));
+    lanes = cpu::lanes_for(pool, cut.spans * n.heads, work_bytes(p));
   }
 
   void read_offsets() const {
@@ -125,22 +122,8 @@ struct Call {
 
   void pack(void* panels, bool back) const {
     if (!panels) return;
-    share(ceil_div(back ? p.sizes.features : hidden_columns(p), kBlockColumns),
-          [&](int64_t block, int64_t) { kernels.pack(p, back, block, panels); });
-  }
-
-  // f(i, lane) for i < n, each on the next free thread
-  template <class F>
-  void share(int64_t n, const F& f) const {
-    if (lanes == 1) {
-      for (int64_t i = 0; i < n; ++i) f(i, int64_t{0});
-      return;
-    }
-    std::atomic<int64_t> next{0};
-    pool.parallel_for(lanes, 1, [&](int64_t begin, int64_t end) {
-      for (int64_t lane = begin; lane < end; ++lane)
-        for (int64_t i; (i = next.fetch_add(1, std::memory_order_relaxed)) < n;) f(i, lane);
-    });
+    cpu::share(pool, lanes, ceil_div(back ? p.sizes.features : hidden_columns(p), kBlockColumns),
+               [&](int64_t block, int64_t) { kernels.pack(p, back, block, panels); });
   }
 
   cpu::Arena lane_arena(int64_t lane) const {
@@ -196,7 +179,7 @@ struct ForwardCall : Call<ForwardParams> {
     const int64_t heads = p.sizes.heads;
     read_offsets();
     pack(panels, false);
-    share(cut.spans * heads, [&](int64_t i, int64_t lane) {
+    cpu::share(pool, lanes, cut.spans * heads, [&](int64_t i, int64_t lane) {
       with_unit(i, [&](const Unit& unit, const Bag& own, int64_t index) {
         const Scratch s = lane_scratch(lane);
         if (own.count == 1) return kernels.pool(p, unit, s, nullptr);
@@ -205,7 +188,7 @@ struct ForwardCall : Call<ForwardParams> {
       });
     });
     if (!cut.parts && !p.offsets && p.sizes.items) return;
-    share(p.sizes.batch * heads, [&](int64_t i, int64_t) {
+    cpu::share(pool, lanes, p.sizes.batch * heads, [&](int64_t i, int64_t) {
       const Bag own = bag(i / heads);
       if (own.count == 1) return;
       const int64_t h = i % heads;
@@ -324,7 +307,7 @@ struct BackwardCall : Call<BackwardParams> {
     read_offsets();
     pack(panels, false);
     pack(panels_back, true);
-    share(groups, [&](int64_t group, int64_t lane) {
+    cpu::share(pool, lanes, groups, [&](int64_t group, int64_t lane) {
       if (group_size) std::memset(at(group_sums, group, group_size), 0, group_size * size);
       for (int64_t i = units * group / groups; i < units * (group + 1) / groups; ++i)
         with_unit(i, [&](const Unit& unit, const Bag& own, int64_t index) {
@@ -339,7 +322,7 @@ struct BackwardCall : Call<BackwardParams> {
     constexpr int64_t kPiece = 1 << 12;
     int64_t before = 0;
     each_shared([&](void* out, int64_t elements) {
-      share(ceil_div(elements, kPiece), [&](int64_t i, int64_t) {
+      cpu::share(pool, lanes, ceil_div(elements, kPiece), [&](int64_t i, int64_t) {
         const int64_t n = std::min(kPiece, elements - i * kPiece);
         kernels.add(accumulation(p.dtype), at(group_sums, 1, before + i * kPiece), group_size, groups,
                     at(out, i, kPiece), n);
@@ -351,7 +334,7 @@ struct BackwardCall : Call<BackwardParams> {
   void sum_queries() const {
     if (!p.dquery || shared_query || (!cut.parts && !p.offsets && p.sizes.items)) return;
     const int64_t heads = p.sizes.heads;
-    share(p.sizes.batch * heads, [&](int64_t i, int64_t) {
+    cpu::share(pool, lanes, p.sizes.batch * heads, [&](int64_t i, int64_t) {
       const Bag own = bag(i / heads);
       if (own.count != 1)
         kernels.add(accumulation(p.dtype), at(query_parts, own.first_part * heads + i % heads, query_size()),

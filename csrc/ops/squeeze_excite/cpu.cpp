@@ -8,6 +8,7 @@
 
 #include "cpu/arena.h"
 #include "cpu/cache.h"
+#include "cpu/share.h"
 #include "ops/squeeze_excite/cpu_kernels.h"
 
 namespace attnkern::squeeze_excite {
@@ -16,8 +17,6 @@ namespace {
 // Rows that share a line with the next are written past the caches in pieces of lines, which only long rows can afford:
 // rows of 98 bytes at 4 GB/s against 33 through the caches, of 392 at 16 against 38, of 784 at 43 against 35.
 constexpr int64_t kStreamedRowBytes = 768;
-
-constexpr int64_t kGrainBytes = 1 << 16;  // of maps a thread should get, 5 us of work against 5 us to wake it
 
 int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
 
@@ -76,7 +75,7 @@ struct Call {
   // f(item range), each item `bytes` of work
   template <class F>
   void parallel(int64_t items, int64_t bytes, const F& f) const {
-    const int64_t grain = std::max<int64_t>(1, kGrainBytes / std::max<int64_t>(1, bytes));
+    const int64_t grain = std::max<int64_t>(1, cpu::kGrainBytes / std::max<int64_t>(1, bytes));
     if (items <= grain)
       f(Range{0, items});
     else
