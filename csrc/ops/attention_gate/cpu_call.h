@@ -19,8 +19,6 @@ constexpr int64_t kRuns = 8;              // of units a thread, so that few tile
 constexpr int64_t kSlabUnits = 16;        // where each has a part of dg, that meets the next in two rows or planes of g
 constexpr int64_t kMergePiece = 1 << 12;  // elements of the weights' gradients
 
-inline int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 // How the positions of a batch are cut, the same for any number of threads: all its units.
 inline Units cut(int64_t batch, int64_t positions, int64_t tile, int64_t wanted) {
   const int64_t tiles = std::max<int64_t>(1, ceil_div(positions, tile));

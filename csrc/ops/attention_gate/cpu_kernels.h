@@ -1,13 +1,12 @@
 // One instruction set's kernels, each on one unit of work; cpu.cpp makes the units and gives them to threads.
 #pragma once
 
+#include "core/divide.h"
 #include "cpu/arena.h"
 #include "cpu/isa.h"
 #include "ops/attention_gate/params.h"
 
 namespace attnkern::attention_gate {
-
-constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 
 // Rows of scratch hold whole vectors, and their distance is no power of two: rows of 1024 elements would share a few
 // sets of the caches.

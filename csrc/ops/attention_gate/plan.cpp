@@ -4,6 +4,7 @@
 #include <optional>
 #include <string>
 
+#include "core/divide.h"
 #include "core/plan_registry.h"
 #include "cuda/device_query.h"
 
@@ -17,9 +18,6 @@ constexpr int kMostBlocks = 4;             // of an SM that a plan counts on
 constexpr int64_t kChunkBytes = 24 << 20;  // of hidden gradients, which stay in L2
 constexpr int kMostSplits = 64;
 
-constexpr int64_t divide_up(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t multiple_of(int64_t a, int64_t b) { return divide_up(a, b) * b; }
-
 int64_t volume_of(const int64_t (&size)[3]) { return size[0] * size[1] * size[2]; }
 
 // Terms of theta x, and of phi g where that is a product.
@@ -30,8 +28,8 @@ struct Widths {
 Widths widths_of(const Problem& p) {
   const Sizes& n = p.sizes;
   const bool product = !p.resampled && p.task != Task::moments;
-  return {multiple_of(volume_of(n.kernel) * multiple_of(n.channels, kStep), kWarpTile),
-          product ? multiple_of(n.gating, kWarpTile) : 0};
+  return {round_up(volume_of(n.kernel) * round_up(n.channels, kStep), kWarpTile),
+          product ? round_up(n.gating, kWarpTile) : 0};
 }
 
 // product.cuh's row_stride.
@@ -40,7 +38,7 @@ int64_t row_stride(const Problem& p, int64_t width) {
   return (width / pack | 1) * pack;
 }
 
-int64_t in_packs(int64_t bytes) { return multiple_of(bytes, 16); }
+int64_t in_packs(int64_t bytes) { return round_up(bytes, 16); }
 
 // Shared memory of a block with plan's tile, hidden, whole and chunk; fills in what follows from them.
 int64_t lay_out(const Problem& p, Plan& plan) {
@@ -77,17 +75,17 @@ int64_t lay_out_fused(const Problem& p, Plan& plan) {
 
 // Hidden units of a pass beside `tile` positions: as many as the block's warps have products for, in even passes.
 void choose_hidden(const Problem& p, Plan& plan, int tile, int warps = kMostThreads / 32) {
-  const int64_t all = multiple_of(p.sizes.hidden, kWarpTile), most = int64_t{kWarpTile} * warps / (tile / kWarpTile);
+  const int64_t all = round_up(p.sizes.hidden, kWarpTile), most = int64_t{kWarpTile} * warps / (tile / kWarpTile);
   plan.tile = tile;
-  plan.passes = static_cast<int>(divide_up(all, most));
-  plan.hidden = static_cast<int>(multiple_of(divide_up(all, plan.passes), kWarpTile));
+  plan.passes = static_cast<int>(ceil_div(all, most));
+  plan.hidden = static_cast<int>(round_up(ceil_div(all, plan.passes), kWarpTile));
 }
 
 // Positions that leave no tile mostly empty, nor more than a quarter of the device without one.
 int most_positions(const Problem& p, const cuda::DeviceProperties& device) {
   const int64_t length = volume_of(p.sizes.grid);
   int tile = kMostTile;
-  while (tile > kWarpTile && (tile / 2 >= length || 4 * p.sizes.batch * divide_up(length, tile) < 3 * device.sm_count))
+  while (tile > kWarpTile && (tile / 2 >= length || 4 * p.sizes.batch * ceil_div(length, tile) < 3 * device.sm_count))
     tile /= 2;
   return tile;
 }
@@ -163,13 +161,12 @@ Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const For
       std::clamp<int64_t>(std::min<int64_t>(device.shared_bytes_per_sm / (int64_t{plan.shared_bytes} + 1024),
                                             65536 / (registers * plan.threads)),
                           1, kMostBlocks));
-  plan.tiles = divide_up(volume_of(n.grid), plan.tile);
+  plan.tiles = ceil_div(volume_of(n.grid), plan.tile);
   plan.units = n.batch * plan.tiles;
   const int64_t all = std::max<int64_t>(plan.units, 1), pitch = int64_t{plan.passes} * plan.hidden;
   const int64_t sample = p.resampled ? plan.tiles : 1;  // the way back to g takes whole samples
   const int64_t fitting = kChunkBytes / (plan.tile * pitch * p.dtype_bytes) / sample * sample;
-  plan.chunk_units =
-      std::min(std::max(force.chunk_units ? multiple_of(force.chunk_units, sample) : fitting, sample), all);
+  plan.chunk_units = std::min(std::max(force.chunk_units ? round_up(force.chunk_units, sample) : fitting, sample), all);
   const int64_t range = p.task == Task::backward && !plan.fused ? plan.chunk_units : all;
   const int64_t passes = p.task == Task::forward ? 1 : plan.passes;  // a block of forward takes all of them
   plan.blocks = std::min<int64_t>(range, std::max<int64_t>(1, int64_t{device.sm_count} * plan.blocks_per_sm / passes));
@@ -177,7 +174,7 @@ Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const For
   plan.rows = pitch % 128 == 0 ? 128 : pitch % 64 == 0 ? 64 : 32;
   const Widths widths = widths_of(p);
   const int64_t columns = kWarps * kWarpTile * kWarpTile / plan.rows;
-  const int64_t products = pitch / plan.rows * divide_up(std::max(widths.theta, widths.phi), columns);
+  const int64_t products = pitch / plan.rows * ceil_div(std::max(widths.theta, widths.phi), columns);
   plan.splits =
       static_cast<int>(std::clamp<int64_t>(2 * device.sm_count / products, 1, std::min<int64_t>(kMostSplits, range)));
   return plan;

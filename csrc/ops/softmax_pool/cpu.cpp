@@ -19,8 +19,6 @@ constexpr int64_t kRowTileBytes = 1 << 16;     // a tile is read two to four tim
 constexpr int64_t kGatedTile = 96;             // eight register tiles of 12 rows; 200 KB of hidden rows of 2 x 256
 constexpr int64_t kColumnTileBytes = 1 << 18;  // sums along items want rows of 1 KB
 
-int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-
 bool is_columns(const Inputs& p) {
   return p.sizes.features == 1 ? p.values.stride_item == 1 : p.values.stride_feature != 1;
 }

@@ -1,6 +1,7 @@
 // One instruction set's kernels, each on one unit of work; cpu.cpp makes the units and gives them to threads.
 #pragma once
 
+#include "core/divide.h"
 #include "cpu/arena.h"
 #include "cpu/isa.h"
 #include "ops/softmax_pool/params.h"
@@ -51,7 +52,6 @@ struct Sums {
 
 // Columns of the packed products: of the hidden layer [V | U], each half padded to 16, and of the features.
 constexpr int64_t kBlockColumns = 32;
-constexpr int64_t round_up(int64_t n, int64_t unit) { return (n + unit - 1) / unit * unit; }
 inline int64_t half_of(const Inputs& p) { return round_up(p.sizes.hidden, 16); }
 inline int64_t hidden_columns(const Inputs& p) { return round_up((p.U ? 2 : 1) * half_of(p), kBlockColumns); }
 

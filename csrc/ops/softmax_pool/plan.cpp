@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <string>
 
+#include "core/divide.h"
 #include "core/plan_registry.h"
 #include "cuda/device_query.h"
 
@@ -14,9 +15,6 @@ constexpr int kMostItems = 64;             // of a tile
 constexpr int kProductQueries = 16;        // of the product: each warp has sums of its own for all of them
 constexpr int64_t kLeastPieceTiles = 2;    // a piece pays for its start and its merge
 constexpr int64_t kChunkBytes = 32 << 20;  // of the gated scorer's hidden gradients: they stay in L2
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 int pack_of(const Problem& p) { return 16 / p.dtype_bytes; }
 

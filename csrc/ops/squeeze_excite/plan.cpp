@@ -4,6 +4,7 @@
 #include <numeric>
 #include <string>
 
+#include "core/divide.h"
 #include "core/plan_registry.h"
 #include "cuda/device_query.h"
 
@@ -23,9 +24,6 @@ constexpr int64_t kMostElements = 1 << 30;  // but more where a piece would outg
 constexpr int64_t kMostChannels = 2048;  // that a work item touches: their sums and coefficients are in shared memory
 constexpr double kL2Rate = 5.5e6;        // bytes a microsecond that all SMs draw from L2: weights once a sample
 constexpr double kBatchedCost = 10;      // microseconds of three more launches and two small products
-
-constexpr int64_t ceil_div(int64_t a, int64_t b) { return (a + b - 1) / b; }
-constexpr int64_t round_up(int64_t a, int64_t b) { return ceil_div(a, b) * b; }
 
 int64_t array_bytes(int64_t floats) { return round_up(4 * floats, 16); }
 
