@@ -51,9 +51,7 @@ BackwardParams = _struct(
     m=Map,
     b=Branch,
 )
-MomentsParams = _struct(
-    "MomentsParams", "dtype:i sizes:s x:m weight mean var workspace", s=_Sizes, m=Map
-)
+MomentsParams = _struct("MomentsParams", "mean var workspace", _Inputs)
 SumsParams = _struct("SumsParams", "dq theta_scale phi_scale dh dht dhu workspace", _Inputs)
 ApplyParams = _struct("ApplyParams", "dtype:i batch:l channels:l length:l x:m alpha y:m", m=Map)
 ApplyBackwardParams = _struct(
@@ -159,7 +157,7 @@ class Emulated:
         p = MomentsParams()
         p.dtype, p.x = _DTYPES.index(x.dtype), self._map(x, "x", x)
         p.sizes = _sizes(x, x, weight, Options(k1=k1, k2=k2, k3=k3))
-        p.weight = self._upload(weight, "weight")
+        p.theta = self._upload(weight, "theta")
         outputs = {name: weight.new_empty(weight.shape[0]) for name in ("mean", "var")}
         self._call("moments", p, outputs, {}, x)
         return outputs["mean"], outputs["var"]

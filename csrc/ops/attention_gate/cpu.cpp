@@ -137,20 +137,11 @@ struct SumsCall : Call {
   }
 };
 
-Inputs inputs_of(const MomentsParams& p) {
-  Inputs in{};
-  in.dtype = p.dtype;
-  in.sizes = p.sizes;
-  in.x = p.x;
-  in.theta = p.weight;
-  return in;
-}
-
 struct MomentsCall : Call {
   const MomentsParams& params;
   void* parts = nullptr;
-  MomentsCall(const MomentsParams& params, const Inputs& p, const ThreadPool& pool, const CpuKernels& kernels)
-      : Call{.p = p, .pool = pool, .kernels = kernels, .split = false, .backward = false}, params(params) {}
+  MomentsCall(const MomentsParams& p, const ThreadPool& pool, const CpuKernels& kernels)
+      : Call{.p = p, .pool = pool, .kernels = kernels, .split = false, .backward = false}, params(p) {}
 
   size_t carve(void* workspace) {
     cpu::Arena arena(workspace);
@@ -190,8 +181,7 @@ size_t sums_workspace_cpu(const SumsParams& params, const ThreadPool& pool) {
 }
 
 size_t moments_workspace_cpu(const MomentsParams& params, const ThreadPool& pool) {
-  const Inputs in = inputs_of(params);
-  return MomentsCall(params, in, pool, cpu_kernels(cpu::Isa::scalar)).carve(nullptr);
+  return MomentsCall(params, pool, cpu_kernels(cpu::Isa::scalar)).carve(nullptr);
 }
 
 Status launch_forward_cpu(const ForwardParams& params, const ThreadPool& pool) {
@@ -220,8 +210,7 @@ Status launch_sums_cpu(const SumsParams& params, const ThreadPool& pool) {
 
 Status launch_moments_cpu(const MomentsParams& params, const ThreadPool& pool) {
   if (const char* error = cpu::isa_error()) return {error};
-  const Inputs in = inputs_of(params);
-  MomentsCall call(params, in, pool, cpu_kernels(cpu::active_isa()));
+  MomentsCall call(params, pool, cpu_kernels(cpu::active_isa()));
   call.carve(params.workspace);
   call.run();
   return {};

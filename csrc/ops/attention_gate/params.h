@@ -84,12 +84,9 @@ struct BackwardParams : Inputs {
   void* workspace = nullptr;
 };
 
-// Mean and variance (biased) of weight x over batch and positions, [F]. x's sizes, kernel and grid are in sizes.
-struct MomentsParams {
-  DType dtype;
-  Sizes sizes;
-  ConstMap x;
-  const void* weight = nullptr;  // [F, C k1 k2 k3]
+// Mean and variance (biased) of t over batch and positions, [F]. Of the inputs dtype, sizes (without those of g), x and
+// theta count.
+struct MomentsParams : Inputs {
   void* mean = nullptr;
   void* var = nullptr;
   void* workspace = nullptr;

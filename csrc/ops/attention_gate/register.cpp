@@ -135,7 +135,7 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const Tensor& weight, int64_
   p.dtype = glue::dtype_of(x);
   p.sizes = sizes_of(x, {k1, k2, k3}, weight.size(0));
   p.x = const_map(x, is_channels_last(x));
-  p.weight = glue::data_or_null(weight);
+  p.theta = glue::data_or_null(weight);
   Tensor mean = vector(weight, p.sizes.hidden), var = vector(weight, p.sizes.hidden);
   p.mean = glue::mutable_or_null(mean);
   p.var = glue::mutable_or_null(var);

@@ -151,22 +151,10 @@ struct Carved {
   size_t bytes;
 };
 
-Inputs inputs_of(const MomentsParams& p) {
-  Inputs i{};
-  i.dtype = p.dtype;
-  i.sizes = p.sizes;
-  i.x = p.x;
-  i.theta = p.weight;
-  return i;
-}
-
-Inputs inputs_of(const SumsParams& p) { return p; }
-
-template <class Params>
-Carved carve(const Params& p, const Plan& plan, void* base) {
+Carved carve(const Inputs& p, const Plan& plan, void* base) {
   Carver carver{base};
   Carved c;
-  c.weights = take_split(carver, inputs_of(p), plan);
+  c.weights = take_split(carver, p, plan);
   c.partial = carver.take<float>(plan.slots * 3 * plan.passes * plan.hidden);
   c.bytes = carver.bytes;
   return c;
@@ -182,7 +170,7 @@ Status launch_statistics(const Params& p, const Plan& plan, void* stream, const 
   return visit(p.dtype, is_last(p.x), [&](auto type, auto last) -> Status {
     using T = decltype(type);
     Work<T> work;
-    if (const Status status = make_work(inputs_of(p), plan, c.weights, work, stream); !status.ok()) return status;
+    if (const Status status = make_work(p, plan, c.weights, work, stream); !status.ok()) return status;
     return launch_kernel(last, config, work, c.partial);
   });
 }
