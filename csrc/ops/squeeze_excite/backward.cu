@@ -6,12 +6,6 @@
 namespace attnkern::squeeze_excite {
 namespace {
 
-struct Products {
-  Product list[2];
-  int count = 0;
-  void add(const Product& product) { list[count++] = product; }
-};
-
 // dh = act'(h) da, or dz where the first layer is the only one.
 Operand first_layer_gradient(const BackwardParams& p, const Workspace& w) {
   const Sizes& n = p.sizes;
@@ -75,12 +69,6 @@ Products weight_products(const BackwardParams& p, const Workspace& w) {
   return products;
 }
 
-struct Carved {
-  Workspace kernel;
-  float* products;
-  size_t bytes;
-};
-
 Carved carve(const BackwardParams& p, const Plan& plan, const Device& device, void* base) {
   const Sizes& n = p.sizes;
   Carver carver{base};
@@ -92,27 +80,13 @@ Carved carve(const BackwardParams& p, const Plan& plan, const Device& device, vo
     c.kernel.counters = carver.take<uint32_t>(counter_count(p));
     c.kernel.partial = carver.take<float>(2 * n.batch * plan.pieces * plan.channels_here);
   }
-  int64_t floats = 0;
-  for (const Products& products : {gradient_products(p, c.kernel), weight_products(p, c.kernel)})
-    for (int i = 0; i < products.count; ++i)
-      floats = std::max(floats, product_workspace(products.list[i], device.sm_count));
-  c.products = carver.take<float>(floats);
+  c.products = carver.take<float>(
+      std::max(gradient_products(p, c.kernel).workspace(device), weight_products(p, c.kernel).workspace(device)));
   c.bytes = carver.bytes;
   return c;
 }
 
 Status query(Device& device) { return plan_device(squeeze_excite_resident_kernel<float, false, Backward>, device); }
-
-Status launch_products(const BackwardParams& p, const Products& products, const Carved& w, const Device& device,
-                       void* stream) {
-  for (int i = 0; i < products.count; ++i) {
-    const Status status = visit_weight_type(p.weight_dtype, [&](auto weights) {
-      return launch_product<decltype(weights)>(products.list[i], device.sm_count, w.products, stream);
-    });
-    if (!status.ok()) return status;
-  }
-  return {};
-}
 
 Status launch_maps(const BackwardParams& p, const Plan& plan, const Carved& w, const Device& device, void* stream) {
   return visit_map(p.dtype, p.layout, [&](auto kind, auto last) -> Status {

@@ -1,36 +1,22 @@
 // Forward and squeeze launchers.
-#include <algorithm>
-
 #include "ops/squeeze_excite/launch.cuh"
 
 namespace attnkern::squeeze_excite {
 namespace {
 
-// The MLP as products over the batch; none, one or two.
-struct Products {
-  Product list[2];
-  int count = 0;
-};
-
+// The MLP's layers.
 Products forward_products(const ForwardParams& p) {
   const Sizes& n = p.sizes;
   const void* m = p.src ? p.src : p.mean;
   Products products;
   if (p.w1 == nullptr) return products;
   const int64_t first = p.w2 ? n.hidden : n.width;
-  products.list[products.count++] =
-      linear({m, n.channels, 1}, p.w1, p.b1, n.batch, n.channels, first, p.w2 ? p.hidden : p.logits);
+  products.add(linear({m, n.channels, 1}, p.w1, p.b1, n.batch, n.channels, first, p.w2 ? p.hidden : p.logits));
   if (p.w2)
-    products.list[products.count++] = with_act(
-        linear({p.hidden, n.hidden, 1, Operand::activated}, p.w2, p.b2, n.batch, n.hidden, n.width, p.logits), p);
+    products.add(with_act(
+        linear({p.hidden, n.hidden, 1, Operand::activated}, p.w2, p.b2, n.batch, n.hidden, n.width, p.logits), p));
   return products;
 }
-
-struct Carved {
-  Workspace kernel;
-  float* products;
-  size_t bytes;
-};
 
 Carved carve(const ForwardParams& p, const Plan& plan, const Device& device, void* base) {
   Carver carver{base};
@@ -38,13 +24,7 @@ Carved carve(const ForwardParams& p, const Plan& plan, const Device& device, voi
   if (plan.strategy != Strategy::resident) {
     c.kernel.counters = carver.take<uint32_t>(counter_count(p));
     if (!p.src) c.kernel.partial = carver.take<float>(p.sizes.batch * plan.pieces * plan.channels_here);
-    if (plan.strategy == Strategy::batched) {
-      int64_t floats = 0;
-      const Products products = forward_products(p);
-      for (int i = 0; i < products.count; ++i)
-        floats = std::max(floats, product_workspace(products.list[i], device.sm_count));
-      c.products = carver.take<float>(floats);
-    }
+    if (plan.strategy == Strategy::batched) c.products = carver.take<float>(forward_products(p).workspace(device));
   }
   c.bytes = carver.bytes;
   return c;
@@ -78,13 +58,7 @@ Status launch_forward_cuda(const ForwardParams& p, const Plan& plan, const Devic
       const Status status = launch_streamed<T, l, Forward>(p, plan, w.kernel, Phase::sums, stream);
       if (!status.ok()) return status;
     }
-    const Products products = forward_products(p);
-    for (int i = 0; i < products.count; ++i) {
-      const Status status = visit_weight_type(p.weight_dtype, [&](auto weights) {
-        return launch_product<decltype(weights)>(products.list[i], device.sm_count, w.products, stream);
-      });
-      if (!status.ok()) return status;
-    }
+    if (const Status status = launch_products(p, forward_products(p), w, device, stream); !status.ok()) return status;
     if (p.w1 == nullptr) {
       const Status status = copy_bytes(p.logits, p.src, p.sizes.batch * p.sizes.width * sizeof(float), stream);
       if (!status.ok()) return status;

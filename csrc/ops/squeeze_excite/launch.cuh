@@ -1,6 +1,7 @@
 // What both directions' launchers share.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <mutex>
 
@@ -71,6 +72,38 @@ Status visit_map(DType dtype, Layout layout, const F& f) {
 template <class F>
 Status visit_weight_type(DType dtype, const F& f) {
   return visit_type(dtype, f, "CUDA kernels serve weights of float32, bfloat16 and float16");
+}
+
+// Matrix products of the MLP, one after another: none, one or two.
+struct Products {
+  Product list[2];
+  int count = 0;
+  void add(const Product& product) { list[count++] = product; }
+
+  // Floats that each of them finds room in.
+  int64_t workspace(const Device& device) const {
+    int64_t floats = 0;
+    for (int i = 0; i < count; ++i) floats = std::max(floats, product_workspace(list[i], device.sm_count));
+    return floats;
+  }
+};
+
+// A call's workspace.
+struct Carved {
+  Workspace kernel;
+  float* products;
+  size_t bytes;
+};
+
+inline Status launch_products(const Inputs& p, const Products& products, const Carved& w, const Device& device,
+                              void* stream) {
+  for (int i = 0; i < products.count; ++i) {
+    const Status status = visit_weight_type(p.weight_dtype, [&](auto weights) {
+      return launch_product<decltype(weights)>(products.list[i], device.sm_count, w.products, stream);
+    });
+    if (!status.ok()) return status;
+  }
+  return {};
 }
 
 // out = in W^T + bias, W [out, in].
