@@ -14,6 +14,7 @@
 #include <immintrin.h>
 #endif
 
+#include "cpu/isa.h"
 #include "cpu/storage.h"
 
 #define ATTNKERN_ISA scalar
@@ -84,3 +85,14 @@
 #undef ATTNKERN_AVX512_BF16
 
 #endif  // __x86_64__
+
+// Of what every region defines by that name, that of `isa`.
+#if defined(__x86_64__)
+#define ATTNKERN_OF_ISA(isa, name)                    \
+  ((isa) == cpu::Isa::avx512_bf16 ? avx512_bf16::name \
+   : (isa) == cpu::Isa::avx512    ? avx512::name      \
+   : (isa) == cpu::Isa::avx2      ? avx2::name        \
+                                  : scalar::name)
+#else
+#define ATTNKERN_OF_ISA(isa, name) ((void)(isa), scalar::name)
+#endif

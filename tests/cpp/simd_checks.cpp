@@ -40,17 +40,13 @@ using attnkern::cpu::BFloat16, attnkern::cpu::Float16, attnkern::cpu::Pair;
 
 int main() {
   using namespace attnkern;
+  using namespace attnkern::checks;
   int count = 0;
   for (const cpu::Isa supported : cpu::supported_isas()) {
-    checks::isa = cpu::name(supported);
-    if (supported == cpu::Isa::scalar) checks::scalar::run();
-#if defined(__x86_64__)
-    if (supported == cpu::Isa::avx2) checks::avx2::run();
-    if (supported == cpu::Isa::avx512_bf16) checks::avx512_bf16::run();
-    if (supported == cpu::Isa::avx512) checks::avx512::run();
-#endif
+    isa = cpu::name(supported);
+    ATTNKERN_OF_ISA(supported, run)();
     ++count;
   }
-  std::printf("checked %d instruction sets, %d failures\n", count, checks::failures);
-  return checks::failures != 0;
+  std::printf("checked %d instruction sets, %d failures\n", count, failures);
+  return failures != 0;
 }

@@ -6,13 +6,6 @@
 
 namespace attnkern::squeeze_excite {
 
-const CpuKernels& cpu_kernels(cpu::Isa isa) {
-#if defined(__x86_64__)
-  if (isa == cpu::Isa::avx512_bf16) return avx512_bf16::kKernels;
-  if (isa == cpu::Isa::avx512) return avx512::kKernels;
-  if (isa == cpu::Isa::avx2) return avx2::kKernels;
-#endif
-  return scalar::kKernels;
-}
+const CpuKernels& cpu_kernels(cpu::Isa isa) { return ATTNKERN_OF_ISA(isa, kKernels); }
 
 }  // namespace attnkern::squeeze_excite
