@@ -7,6 +7,7 @@ A non-finite value in a sample spoils that sample and, in backward, the sums ove
 from __future__ import annotations
 
 import ctypes
+import itertools
 
 import pytest
 import torch
@@ -31,7 +32,18 @@ GATES = [
     # a neighbour of weight 0 is NaN or nothing by the last bit of a position
     and c.case.name not in ("gate_long", "gate_wide", "align_corners")
 ]
+# every step of which is the operator's: no convolution of torch's after it, no statistics of infinities
+OWN_GATES = [
+    c
+    for c in GATES
+    if "out_weight" not in c.case.shapes and not {"track", "batch"} & set(c.case.options.values())
+]
 POOLS = [c for c in CALLS if c.spec.operator == "softmax_pool_fwd" and "long" not in c.case.name]
+
+
+def _element(t, where):
+    """The first or last element of a tensor of any layout."""
+    return t[(where,) * t.dim()]
 
 
 def _finite(result):
@@ -100,19 +112,49 @@ def test_nan_in_any_argument_of_a_gate_spreads_as_eagers_does(call, target):
                 assert torch.equal(g.isnan(), e.isnan()), (name, where)
 
 
+def _single(tensors):
+    return {name: t.float() for name, t in tensors.items()}
+
+
+def _assert_infinity_stays(call, target, dtype, value, where, channels_last=False):
+    for name in call.case.maps:
+        tensors = call.inputs(target, dtype, channels_last=channels_last)
+        _element(tensors[name], where).fill_(value)
+        eager = testing.as_tuple(call.spec.eager(**_single(tensors), **call.case.options))
+        got = testing.as_tuple(call.run(target, tensors))
+        for g, e in zip(got, eager, strict=True):
+            assert torch.equal(g.isnan(), e.isnan()), (name, value, where)
+            assert torch.equal(g.isinf(), e.isinf()), (name, value, where)
+
+
 @pytest.mark.parametrize("call", GATES, ids=str)
 def test_infinity_in_a_map_of_a_gate(call, target):
     """As eager: it stays at its position, and hidden units that do not exist make no 0 times infinity of it."""
-    for name in call.case.maps:
-        for value in (INF, -INF):
-            for where in (0, -1):
-                tensors = call.inputs(target)
-                tensors[name].view(-1)[where] = value
-                eager = testing.as_tuple(call.spec.eager(**tensors, **call.case.options))
-                got = testing.as_tuple(call.run(target, tensors))
-                for g, e in zip(got, eager, strict=True):
-                    assert torch.equal(g.isnan(), e.isnan()), (name, value, where)
-                    assert torch.equal(g.isinf(), e.isinf()), (name, value, where)
+    for value, where in itertools.product((INF, -INF), (0, -1)):
+        _assert_infinity_stays(call, target, torch.float32, value, where)
+
+
+@pytest.mark.parametrize("call", OWN_GATES, ids=str)
+def test_infinity_in_a_bfloat16_map_of_a_gate(call, target):
+    """Nor does the second part of a weight, 0 or of another sign than the first."""
+    _assert_infinity_stays(call, target, torch.bfloat16, INF, 0)
+    _assert_infinity_stays(call, target, torch.bfloat16, -INF, -1, channels_last=True)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("call", OWN_GATES, ids=str)
+def test_infinity_in_the_gradient_of_a_gate(call, target, dtype):
+    """No NaN in a map's gradient where eager has none."""
+    for channels_last, where in ((False, 0), (True, -1)):
+        tensors = call.inputs(target, dtype, channels_last=channels_last)
+        grads = testing.noise_like(testing.as_tuple(call.run(target, tensors)))
+        _element(grads[0], where).fill_(INF)
+        single = [g.float() for g in grads]
+        eager = testing.run(call.spec.eager, _single(tensors), call.case.options, single)
+        got = testing.run(call.spec.function, tensors, call.case.options, grads, impl=target.impl)
+        for name in call.case.maps:
+            extra = got.grads[name].isnan() & ~eager.grads[name].isnan()
+            assert not extra.any(), (name, channels_last)
 
 
 def _pool(call, target, tensors):

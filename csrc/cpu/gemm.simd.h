@@ -10,6 +10,18 @@
 //             terms, inner's length / lanes; the order depends on the sizes alone
 namespace attnkern::cpu::ATTNKERN_ISA {
 
+// What products of T multiply: pairs of adjacent terms of their sums, or the accumulation type.
+template <class T>
+constexpr bool kPaired = kPairs && std::is_same_v<T, BFloat16>;
+template <class T>
+using Term = std::conditional_t<kPaired<T>, Pair, Accumulator<T>>;
+template <class T>
+using Copied = std::conditional_t<kPaired<T>, T, Accumulator<T>>;  // what copies of their operands hold
+template <class T>
+constexpr int64_t steps(int64_t terms) {
+  return kPaired<T> ? (terms + 1) / 2 : terms;
+}
+
 constexpr int64_t kChain = 256;  // terms that are summed in a register before they join the total
 
 // How a vector is read and written: whole, or its first n lanes.
@@ -162,14 +174,30 @@ void panel_product(Strided<A> a, const A* panels, RowsAt<Accumulator<A>> out, in
 }
 
 #if defined(ATTNKERN_AVX512_BF16)
+// 16 elements rounded to bfloat16, or as they are
+template <class T>
+ATTNKERN_INLINE Bits16 read_rounded(const T* p, const Whole&) {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    return load_bits(p);
+  else
+    return narrow(load(p), BFloat16{});
+}
+template <class T>
+ATTNKERN_INLINE Bits16 read_rounded(const T* p, const Part& part) {
+  if constexpr (std::is_same_v<T, BFloat16>)
+    return load_bits_n(p, part.n);
+  else
+    return narrow(load_n(p, part.n), BFloat16{});
+}
+
 // *to(k, j) = a vector of pairs of rows 2k and 2k + 1 from column j; zero beyond rows and columns
 template <class T, class To>
 void pair_rows(RowsAt<const T> from, int64_t rows, int64_t columns, const To& to) {
   for (int64_t k = 0; 2 * k < rows; ++k)
     each_vector<float>(columns, [&](int64_t j, auto access) ATTNKERN_INLINE_LAMBDA {
       const T* row = from.p + 2 * k * from.ld + j;
-      const Bits16 even = narrow(access.read(row), BFloat16{});
-      const Bits16 odd = 2 * k + 1 < rows ? narrow(access.read(row + from.ld), BFloat16{}) : Bits16{};
+      const Bits16 even = read_rounded(row, access);
+      const Bits16 odd = 2 * k + 1 < rows ? read_rounded(row + from.ld, access) : Bits16{};
       const Bits32 pairs = interleave(even, odd);
       std::memcpy(to(k, j), &pairs, sizeof pairs);
     });

@@ -121,6 +121,7 @@ ATTNKERN_INLINE Vec<Accumulator<T>> load(const T* p) {
 constexpr bool kPairs = true;  // bfloat16 can be multiplied in pairs
 
 ATTNKERN_INLINE Bits32 load(const Pair* p) { return load_raw<Bits32>(p); }
+ATTNKERN_INLINE Bits16 load_bits(const BFloat16* p) { return load_raw<Bits16>(p); }
 
 // sum += a.first b.first + a.second b.second: twice the terms of a multiplication of floats. Subnormals count as 0.
 ATTNKERN_INLINE void multiply_add(Vec<float>& sum, Pair a, Bits32 b) {
@@ -130,7 +131,8 @@ ATTNKERN_INLINE void multiply_add(Vec<float>& sum, Pair a, Bits32 b) {
 
 // Pairs of what lies in two rows one under the other.
 ATTNKERN_INLINE Bits32 interleave(Bits16 even, Bits16 odd) {
-  return (Bits32)_mm512_cvtepu16_epi32((__m256i)even) | (Bits32)_mm512_cvtepu16_epi32((__m256i)odd) << 16;
+  const auto widened = [](Bits16 h) { return (Bits32)_mm512_maskz_cvtepu16_epi32(0xffff, (__m256i)h); };
+  return widened(even) | widened(odd) << 16;
 }
 #else
 constexpr bool kPairs = false;
@@ -198,6 +200,9 @@ ATTNKERN_INLINE void fence() {
 #if defined(ATTNKERN_AVX512_BF16)
 ATTNKERN_INLINE Bits32 load_n(const Pair* p, int64_t n) {
   return (Bits32)_mm512_maskz_loadu_epi32(static_cast<uint16_t>((1u << n) - 1), p);
+}
+ATTNKERN_INLINE Bits16 load_bits_n(const BFloat16* p, int64_t n) {
+  return (Bits16)_mm256_maskz_loadu_epi16(static_cast<uint16_t>((1u << n) - 1), p);
 }
 #endif
 

@@ -82,6 +82,23 @@ def test_infinity_in_a_map_at_nearest_positions_spreads_as_eagers_does(target):
         assert torch.equal(a.isnan(), b.isnan()), name
 
 
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_float32_weight_of_any_digits_meets_infinity_once(target, dtype):
+    """In parts (0.1 needs two) none has another sign than the weight, none is 0."""
+    x = torch.tensor([[[torch.inf, 0.0], [1.0, 0.0], [1.0, 0.0], [1.0, 0.0]]], dtype=dtype)
+    for weight in (1.0, 1.0 + 2**-20, 1.0 - 2**-20, 0.1, -3e-4, -1.0):
+        weights = (
+            torch.tensor([[weight, 0.1, 1.0, 1.0]]), None, torch.zeros(1, 4), None, torch.ones(1, 1)
+        )  # fmt: skip
+        maps = (x.to(target.device), torch.zeros_like(x, device=target.device))
+        on_device = (None if w is None else w.to(target.device) for w in weights)
+        y, alpha, _ = attention_gate(
+            *maps, *on_device, act="leaky_relu", return_alpha=True, impl=target.impl
+        )
+        assert alpha[0, 0, 0] == (weight > 0), weight
+        assert y[0, 1:, 0].isfinite().all(), weight
+
+
 def test_resampling_and_its_adjoint_agree():
     i = reference.Inputs(
         *(torch.empty(1, 1, 6, 4, 9), torch.randn(2, 3, 2, 5, 4, dtype=torch.float64)),

@@ -16,7 +16,7 @@ struct ForwardCall : Call {
     take_scratch(arena);
     return static_cast<size_t>(arena.used());
   }
-  void run() const {
+  void run() {
     kernels.pack(p, {}, {}, weights);
     each_units([&](const Units& some, const Scratch& s) { kernels.forward(params, weights, some, s); });
   }
@@ -70,7 +70,7 @@ struct BackwardCall : Call {
     return static_cast<size_t>(arena.used());
   }
 
-  void run() const {
+  void run() {
     if (!params.dx.data && !params.dg.data && !params.dtheta) return;
     kernels.pack(p, params.theta_branch, params.phi_branch, weights);
     groups.each(*this, [&](const Units& some, void* own, const Scratch& s) {
@@ -124,7 +124,7 @@ struct SumsCall : Call {
     groups.take(arena, *this, 3 * width);
     return static_cast<size_t>(arena.used());
   }
-  void run() const {
+  void run() {
     kernels.pack(p, {params.theta_scale, nullptr, nullptr}, {params.phi_scale, nullptr, nullptr}, weights);
     groups.each(*this, [&](const Units& some, void* own, const Scratch& s) {
       Sums sums{};
@@ -150,7 +150,7 @@ struct MomentsCall : Call {
     parts = arena.take(units.last * 2 * width, size);
     return static_cast<size_t>(arena.used());
   }
-  void run() const {
+  void run() {
     kernels.pack(p, {}, {}, weights);
     each_units([&](const Units& some, const Scratch& s) { kernels.moments(p, weights, some, s, parts); });
     kernels.merge_moments(params, parts, units);

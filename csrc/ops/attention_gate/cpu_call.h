@@ -88,12 +88,12 @@ struct Call {
   }
 
   void take_weights(cpu::Arena& arena) {
-    weights.theta = arena.take(terms(n) * ld, size);
-    weights.theta_rows = arena.take(width * leading(terms(n)), size);
-    if (p.phi) {
-      weights.phi = arena.take(n.gating * ld, size);
-      weights.phi_rows = arena.take(width * leading(n.gating), size);
-    }
+    const auto take = [&](int64_t inner) {
+      void* columns = arena.take(round_up(inner, 2) * ld, size);
+      return Weight{columns, arena.take(width * leading(inner), size), 1};
+    };
+    weights.theta = take(terms(n));
+    if (p.phi) weights.phi = take(n.gating);
     weights.vectors = arena.take(kVectors * width, size);
   }
   void take_scratch(cpu::Arena& arena) {
@@ -120,6 +120,11 @@ struct Call {
     if (backward && !last) s.columns = arena.take(width * s.ld, size);
     for (void** row : {&s.alpha, &s.dq, &s.dalpha}) *row = arena.take(tile, size);
     if (volume(n.kernel) != 1) s.line = arena.take(tile * n.kernel[2], size);
+    if (p.dtype == DType::bfloat16) {
+      const int64_t most = std::max(terms(n), p.phi ? n.gating : 0);
+      s.pairs = arena.take(last ? tile / 2 * leading(most) : round_up(most, 2) / 2 * s.ld, size);
+      for (int i = 0; backward && i < 1 + split; ++i) s.rounded[i] = arena.take(tile * ld, size);
+    }
     if (range) {
       s.coarse = arena.take(range * ld, size);
       s.coarse_ld = leading(range);

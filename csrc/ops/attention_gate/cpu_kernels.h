@@ -47,30 +47,38 @@ struct Units {
   }
 };
 
-// What is packed once a call, in the accumulation dtype. The terms of a t stand in the order [patch, channel].
+// A weight as it is packed once a call. Where bfloat16 is multiplied in pairs, the rows 2k and 2k + 1 of both matrices
+// are pairs instead: in two parts, whose sum is the weight, or rounded to one.
+struct Weight {
+  void* columns;  // [inner, leading(F)], zero beyond F: the weight transposed
+  void* rows;     // [padded(F), leading(inner)]; pairs are of the nearest numbers
+  int parts;      // of `columns`: one suffices in the accumulation dtype, and where every number is a bfloat16
+};
+
+// What is packed once a call. The terms of a t stand in the order [patch, channel].
 struct Weights {
-  void* theta;       // [terms, leading(F)]: theta^T, zero beyond F
-  void* theta_rows;  // [padded(F), leading(terms)]
-  void* phi;         // the same of phi [F, G]; null without
-  void* phi_rows;
-  void* vectors;  // [kVectors, padded(F)], zero beyond F
+  Weight theta, phi;  // phi null where there is none
+  void* vectors;      // [kVectors, padded(F)], zero beyond F
 };
 enum VectorOf { kBias, kPsi, kThetaScale, kThetaK0, kThetaK1, kPhiScale, kPhiK0, kPhiK1, kVectors };
 
-// What one thread works in; a tile is `tile` positions. Arrays are in the accumulation dtype.
+// What one thread works in; a tile is `tile` positions. Arrays are in the accumulation dtype, but what is copied of
+// maps whose bfloat16 is multiplied in pairs.
 struct Scratch {
   int64_t tile, ld;  // leading(tile)
   bool streaming;    // write maps past the caches
-  // Of this tile and of the next, which is copied meanwhile; null where the map is read in place.
+  // Of this tile and of the next, which is copied meanwhile; null where every map is read in place.
   void *x[2], *g[2];          // [terms, ld] or, channels last, [tile, leading(terms)]
   void* d[2];                 // [channels, ld] of the target
   void *t, *u;                // [tile, leading(F)]; u null where t + u alone is wanted
   void* columns;              // [padded(F), ld]: the gradient of t or u, channels first
   void *alpha, *dq, *dalpha;  // [tile]
   void* line;                 // a row of patches
-  void* coarse;               // [range, leading(F)]: positions of g along its last dim, between rows of the others
-  void* coarse_columns;       // [padded(F), coarse_ld], channels first
-  int64_t coarse_ld;          // leading(range)
+  void* pairs;                // of adjacent rows of a map's tile, as long as one product; bfloat16 alone
+  void* rounded[2];      // [tile, leading(F)] of t's and u's gradients: in rows and in pairs of rows; bfloat16 alone
+  void* coarse;          // [range, leading(F)]: positions of g along its last dim, between rows of the others
+  void* coarse_columns;  // [padded(F), coarse_ld], channels first
+  int64_t coarse_ld;     // leading(range)
 };
 
 // Where a group of units adds its gradients; null where there is none.
@@ -89,7 +97,7 @@ struct Slab {
 };
 
 struct CpuKernels {
-  void (*pack)(const Inputs&, const Branch& theta, const Branch& phi, const Weights&);
+  void (*pack)(const Inputs&, const Branch& theta, const Branch& phi, Weights&);
   void (*forward)(const ForwardParams&, const Weights&, const Units&, const Scratch&);
   // `slabs` has one for each unit of the batch, or is null.
   void (*backward)(const BackwardParams&, const Weights&, const Units&, const Scratch&, const Sums&, const Slab* slabs);

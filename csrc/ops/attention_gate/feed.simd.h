@@ -4,23 +4,28 @@
 // Between two register tiles a feed therefore copies a few rows, and asks for those after them.
 namespace attnkern::attention_gate::ATTNKERN_ISA {
 
+template <class From, class To>
+ATTNKERN_INLINE void copy(const From* from, To* to, int64_t n) {
+  if constexpr (std::is_same_v<From, To>)
+    std::memcpy(to, from, n * sizeof(To));
+  else
+    each_vector<Accumulator<To>>(n, [&](int64_t i, auto access) { access.write(to + i, access.read(from + i)); });
+}
+
 class Feed {
  public:
-  // `rows` rows of `length` elements, copied to rows of A, or only brought nearer where `to` is null.
-  template <class T, class A>
-  void add(const T* from, int64_t ld_from, A* to, int64_t ld_to, int64_t rows, int64_t length) {
+  // `rows` rows of `length` elements, copied to rows of X, or only brought nearer where `to` is null.
+  template <class T, class X>
+  void add(const T* from, int64_t ld_from, X* to, int64_t ld_to, int64_t rows, int64_t length) {
     maps_[count_++] = {reinterpret_cast<const std::byte*>(from),
                        static_cast<int64_t>(ld_from * sizeof(T)),
                        reinterpret_cast<std::byte*>(to),
-                       static_cast<int64_t>(ld_to * sizeof(A)),
+                       static_cast<int64_t>(ld_to * sizeof(X)),
                        rows,
                        length,
                        static_cast<int64_t>(length * sizeof(T)),
                        [](const std::byte* row, std::byte* out, int64_t n) {
-                         const T* p = reinterpret_cast<const T*>(row);
-                         each_vector<A>(n, [&](int64_t i, auto access) ATTNKERN_INLINE_LAMBDA {
-                           access.write(reinterpret_cast<A*>(out) + i, access.read(p + i));
-                         });
+                         copy(reinterpret_cast<const T*>(row), reinterpret_cast<X*>(out), n);
                        }};
     left_ += rows;
   }

@@ -33,18 +33,19 @@ ATTNKERN_INLINE Place place_after(const Units& units, int64_t tile, const Place&
 template <class T>
 struct TileOf {
   using A = Accumulator<T>;
+  using X = Copied<T>;
   const Inputs& p;
   const Weights& w;
   const Scratch& s;
   const ConstMap* with = nullptr;  // dy, on the grid
-  int passes = 1;                  // products with x and g beside whose multiplications the next tile is fetched
+  int later = 0;                   // products with x and g after t and u, while which the next tile is fetched too
   const Sizes& z = p.sizes;
   bool last = channels_last(p.x), patched = volume(z.kernel) != 1, of_x = p.target == Target::x;
   int64_t target_channels = of_x ? z.channels : z.gating;
   int64_t ld = leading(z.hidden), width = padded(z.hidden);
   A *t = static_cast<A*>(s.t), *u = static_cast<A*>(s.u);
   int64_t b = 0, begin = 0, n = 0;
-  Operand<A> x{}, g{}, d{};
+  Operand<X> x{}, g{}, d{};
   Feed feed{};
 
   // f(tile, unit index) for the tiles of some units
@@ -57,9 +58,13 @@ struct TileOf {
     for (; now.n; half = 1 - half) {
       const Place next = place_after(units, s.tile, now);
       b = now.unit.b, begin = now.begin, n = now.n;
-      x = patched ? load_patches<T, A>(p, last, b, begin, n, s) : of(p.x, z.channels, s.x[half]);
-      if (p.phi) g = of(p.g, z.gating, s.g[half]);
-      if (with) d = of(*with, target_channels, s.d[half]);
+      x = patched ? load_patches<T, X>(p, last, b, begin, n, s) : of(p.x, z.channels, x_copy(half));
+      end_pairs(patched ? static_cast<X*>(s.x[0]) : x_copy(half), terms(z));
+      if (p.phi) {
+        g = of(p.g, z.gating, g_copy(half));
+        end_pairs(g_copy(half), z.gating);
+      }
+      if (with) d = of(*with, target_channels, d_copy(half));
       fetch(next, 1 - half);
       f(now.index);
       feed.finish();
@@ -67,26 +72,65 @@ struct TileOf {
     }
   }
 
-  Operand<A> of(const ConstMap& map, int64_t channels, void* copy) const {
-    return operand<T>(map, last, b, begin, channels, static_cast<A*>(copy), s.ld);
+  // Where a map's tile is copied to; null where it is read in place.
+  X* x_copy(int half) const { return copy_of(p.x, z.channels, s.x[half]); }
+  X* g_copy(int half) const { return copy_of(p.g, z.gating, s.g[half]); }
+  X* d_copy(int half) const { return kPaired<T> && last ? nullptr : static_cast<X*>(s.d[half]); }
+  X* copy_of(const ConstMap& map, int64_t channels, void* copy) const {
+    return kPaired<T> && last && in_pairs<T>(map, channels) ? nullptr : static_cast<X*>(copy);
+  }
+  // A copy's rows of odd length end in half a pair: the other half is 0.
+  void end_pairs(X* copy, int64_t channels) const {
+    if constexpr (kPaired<T>) {
+      const int64_t rows = last ? n : channels, length = last ? channels : n;
+      if (!copy || length % 2 == 0) return;
+      for (int64_t i = 0; i < rows; ++i) copy[i * (last ? leading(channels) : s.ld) + length] = X{};
+    }
+  }
+
+  Operand<X> of(const ConstMap& map, int64_t channels, X* copy) const {
+    return operand<T>(map, last, b, begin, channels, copy, s.ld);
   }
   void fetch(const Place& to, int half) {
     feed = {};
-    const auto add = [&](const ConstMap& map, int64_t channels, void* copy) {
-      feed_map<T>(feed, map, last, to.unit.b, to.begin, to.n, channels, static_cast<A*>(copy), s.ld);
+    const auto add = [&](const ConstMap& map, int64_t channels, X* copy) {
+      feed_map<T>(feed, map, last, to.unit.b, to.begin, to.n, channels, copy, s.ld);
     };
-    if (to.n && !patched) add(p.x, z.channels, s.x[half]);
-    if (to.n && p.phi) add(p.g, z.gating, s.g[half]);
-    if (to.n && with) add(*with, target_channels, s.d[half]);
-    feed.start(passes * n * width * (terms(z) + (p.phi ? z.gating : 0)));
+    if (to.n && !patched) add(p.x, z.channels, x_copy(half));
+    if (to.n && p.phi) add(p.g, z.gating, g_copy(half));
+    if (to.n && with) add(*with, target_channels, d_copy(half));
+    feed.start(
+        n * width *
+        ((w.theta.parts + later) * steps<T>(terms(z)) + (p.phi ? (w.phi.parts + later) * steps<T>(z.gating) : 0)));
   }
 
-  void project(const Operand<A>& from, const void* weight, int64_t inner, A* to, bool add) {
-    accumulate<A>({from.p, from.position, from.channel}, {static_cast<const A*>(weight), ld}, {to, ld}, n, width, inner,
-                  add, feed);
-    // no 0 times infinity in the hidden units that do not exist
-    if (const int64_t units = p.sizes.hidden; units < width)
-      for (int64_t l = 0; l < n; ++l) std::fill(to + l * ld + units, to + l * ld + width, A(0));
+  // A map's tile as the left side of a product that sums over channels, or over positions. Pairs along its rows are
+  // read as they lie; across rows they are made, for this product alone.
+  Strided<Term<T>> left(const Operand<X>& from, int64_t channels, bool over_channels) const {
+    if constexpr (!kPaired<T>) {
+      return over_channels ? Strided<A>{from.p, from.position, from.channel}
+                           : Strided<A>{from.p, from.channel, from.position};
+    } else {
+      const int64_t rows = last ? n : channels, length = last ? channels : n;
+      const int64_t ld_from = last ? from.position : from.channel, ld_to = leading(length);
+      if (over_channels == last) return {reinterpret_cast<const cpu::Pair*>(from.p), ld_from / 2, 1};
+      auto* to = static_cast<cpu::Pair*>(s.pairs);
+      pair_rows<T>({from.p, ld_from}, rows, length, [=](int64_t k, int64_t j) { return to + k * ld_to + j; });
+      return {to, 1, ld_to};
+    }
+  }
+
+  void project(const Operand<X>& from, const Weight& weight, int64_t inner, A* to, bool add) {
+    const Strided<Term<T>> a = left(from, inner, true);
+    for (int part = 0; part < weight.parts; ++part)
+      accumulate<Term<T>>(a, packed_rows<T>(weight.columns, ld, part), {to, ld}, n, width, steps<T>(inner), add || part,
+                          feed);
+    clear_beyond(to);
+  }
+  // no 0 times infinity in the hidden units that do not exist
+  void clear_beyond(A* rows) const {
+    if (const int64_t units = z.hidden; units < width)
+      for (int64_t l = 0; l < n; ++l) std::fill(rows + l * ld + units, rows + l * ld + width, A(0));
   }
   void project_x(bool add) { project(x, w.theta, terms(z), t, add); }
   // t + u where u has no place of its own
@@ -150,14 +194,39 @@ void logit_gradients(const BackwardParams& p, const TileOf<T>& tile, const Sums&
   if (sums.psi_bias) *static_cast<A*>(sums.psi_bias) += sum<A>(total);
 }
 
-// weight^T dt of a tile, plus what the map's gradient begins with: alpha dy, d or nothing. `rows` is the weight.
+// The gradient of a tile's t or u as products take it; bfloat16 rounds it, as torch's does.
+template <class T>
+struct HiddenGradient {
+  Strided<Term<T>> rows;            // (position, hidden unit)
+  RowsAt<const Term<T>> positions;  // [n, padded(F)]
+
+  HiddenGradient(const TileOf<T>& tile, Accumulator<T>* dt, void* rounded) {
+    const int64_t n = tile.n, ld = tile.ld;
+    if constexpr (kPaired<T>) {
+      tile.clear_beyond(dt);
+      T* to = static_cast<T*>(rounded);
+      for (int64_t l = 0; l < n; ++l) copy(dt + l * ld, to + l * ld, tile.width);
+      auto* pairs = reinterpret_cast<cpu::Pair*>(to + tile.s.tile * ld);
+      pair_rows<T>({to, ld}, n, tile.width, [=](int64_t k, int64_t j) { return pairs + k * ld + j; });
+      rows = {reinterpret_cast<const cpu::Pair*>(to), ld / 2, 1};
+      positions = {pairs, ld};
+    } else {
+      rows = {dt, ld, 1};
+      positions = {dt, ld};
+    }
+  }
+};
+
+// weight^T dt of a tile, plus what the map's gradient begins with: alpha dy, d or nothing.
 template <class T, class Out>
-void put_gradient(const BackwardParams& p, TileOf<T>& tile, const Accumulator<T>* dt, const void* rows,
+void put_gradient(const BackwardParams& p, TileOf<T>& tile, const HiddenGradient<T>& dt, const Weight& w,
                   int64_t channels, RowsAt<Out> out, bool of_target) {
   using A = Accumulator<T>;
   const Scratch& s = tile.s;
-  const int64_t hidden = p.sizes.hidden, ld_rows = leading(channels);
-  const A *weight = static_cast<const A*>(rows), *alpha = static_cast<const A*>(s.alpha);
+  const int64_t inner = steps<T>(p.sizes.hidden);
+  const RowsAt<const Term<T>> weight = packed_rows<T>(w.rows, leading(channels));
+  const RowsAt<const Term<T>> columns{static_cast<const Term<T>*>(s.columns), s.ld};  // [F, n]
+  const A* alpha = static_cast<const A*>(s.alpha);
   const bool plain = of_target && p.d.data && !tile.with;
   const T* d = plain ? element<const T>(p.d, tile.b, 0, tile.begin) : nullptr;
   const int64_t ld_d = tile.last ? p.d.stride_position : p.d.stride_channel;
@@ -168,11 +237,10 @@ void put_gradient(const BackwardParams& p, TileOf<T>& tile, const Accumulator<T>
       if (d) prefetch<false>(d + i * ld_d + j, 2 * kLanes<A>);
     };
     if (tile.last)
-      product<decltype(full)>(Strided<A>{dt, tile.ld, 1}, RowsAt<const A>{weight, ld_rows}, out, tile.n, channels,
-                              hidden, finish, tile.feed, ahead);
+      product<decltype(full)>(dt.rows, weight, out, tile.n, channels, inner, finish, tile.feed, ahead);
     else
-      product<decltype(full)>(Strided<A>{weight, 1, ld_rows}, RowsAt<const A>{static_cast<const A*>(s.columns), s.ld},
-                              out, channels, tile.n, hidden, finish, tile.feed, ahead);
+      product<decltype(full)>(Strided<Term<T>>{weight.p, 1, weight.ld}, columns, out, channels, tile.n, inner, finish,
+                              tile.feed, ahead);
   };
   visit_writes(s.streaming, out.p, out.ld, [&](auto full) {
     if (!of_target || !p.d.data) {
@@ -196,17 +264,19 @@ void backward_units(const BackwardParams& p, const Weights& w, const Units& unit
                     const Slab* slabs) {
   using A = Accumulator<T>;
   const Sizes& z = p.sizes;
-  TileOf<T> tile{.p = p, .w = w, .s = s, .with = p.apply && p.d.data ? &p.d : nullptr, .passes = 3};
+  TileOf<T> tile{.p = p, .w = w, .s = s, .with = p.apply && p.d.data ? &p.d : nullptr, .later = 2};
   const bool last = tile.last;
   for (int64_t i = units.first; slabs && i < units.last; ++i)
     store_zeros(static_cast<A*>(slabs[i].data), (slabs[i].positions.end - slabs[i].positions.begin) * tile.width);
-  const auto add_weight = [&](void* to, const Operand<A>& from, const A* dt, int64_t count) {
+  const auto add_weight = [&](void* to, const Operand<Copied<T>>& from, const HiddenGradient<T>& dt, int64_t count) {
     if (to)
-      accumulate<A>({from.p, from.channel, from.position}, {dt, tile.ld}, {static_cast<A*>(to), tile.width}, count,
-                    tile.width, tile.n, true, tile.feed);
+      accumulate(tile.left(from, count, false), dt.positions, {static_cast<A*>(to), tile.width}, count, tile.width,
+                 steps<T>(tile.n), true, tile.feed);
   };
-  const auto turn = [&](const A* dt) {
-    if (!last) transpose<A>({dt, tile.ld}, {static_cast<A*>(s.columns), s.ld}, tile.n, tile.width);
+  const auto turn = [&](const HiddenGradient<T>& dt) {
+    if (!last)  // pairs move as floats do
+      transpose<A>({reinterpret_cast<const A*>(dt.rows.p), dt.rows.row}, {static_cast<A*>(s.columns), s.ld}, tile.n,
+                   steps<T>(tile.width));
   };
   const auto place_in = [&](const Map& map) {
     return RowsAt<T>{element<T>(map, tile.b, 0, tile.begin), last ? map.stride_position : map.stride_channel};
@@ -215,23 +285,24 @@ void backward_units(const BackwardParams& p, const Weights& w, const Units& unit
     logit_gradients(p, tile, sums);
     tile.hidden();
     s.u ? hidden_backward<A, true>(p, w, s, tile.n, sums) : hidden_backward<A, false>(p, w, s, tile.n, sums);
-    const A *dt = tile.t, *du = s.u ? tile.u : tile.t;
+    const HiddenGradient<T> dt(tile, tile.t, s.rounded[0]);
+    const HiddenGradient<T> du = s.u ? HiddenGradient<T>(tile, tile.u, s.rounded[1]) : dt;
     add_weight(sums.theta, tile.x, dt, terms(z));
     add_weight(sums.phi, tile.g, du, z.gating);
     if (p.dx.data) {
       turn(dt);
       if (tile.patched) {  // x's tile is not read again
         A* to = static_cast<A*>(s.x[0]);
-        put_gradient<T>(p, tile, dt, w.theta_rows, terms(z), RowsAt<A>{to, last ? leading(terms(z)) : s.ld}, false);
+        put_gradient<T>(p, tile, dt, w.theta, terms(z), RowsAt<A>{to, last ? leading(terms(z)) : s.ld}, false);
         put_patches<T, A>(p, last, tile.b, tile.begin, tile.n, s, tile.of_x && p.d.data);
       } else {
-        put_gradient<T>(p, tile, dt, w.theta_rows, z.channels, place_in(p.dx), tile.of_x);
+        put_gradient<T>(p, tile, dt, w.theta, z.channels, place_in(p.dx), tile.of_x);
       }
     }
-    if (slabs) add_to_slab<A>(p, tile.begin, tile.n, s, du, slabs[index]);
+    if (slabs) add_to_slab<A>(p, tile.begin, tile.n, s, s.u ? tile.u : tile.t, slabs[index]);
     if (p.dg.data && p.phi) {
-      if (du != dt || !p.dx.data) turn(du);
-      put_gradient<T>(p, tile, du, w.phi_rows, z.gating, place_in(p.dg), !tile.of_x);
+      if (s.u || !p.dx.data) turn(du);
+      put_gradient<T>(p, tile, du, w.phi, z.gating, place_in(p.dg), !tile.of_x);
     }
   });
   if (s.streaming) fence();

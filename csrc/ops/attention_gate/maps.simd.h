@@ -5,7 +5,8 @@
 //   Mapping   one call a tile of adjacent positions of one sample on one thread; a vector is adjacent elements of a row
 //   Traffic   a tile comes from memory once: channels last it is read in place, channels first it is copied, for its
 //             rows, 2^n bytes apart, would share a few sets of the caches
-//   Numerics  16-bit maps widen as they are copied; dalpha adds channels by fours, or lanes
+//   Numerics  16-bit maps widen as they are copied, but bfloat16 that is multiplied in pairs; dalpha adds channels by
+//   fours, or lanes
 namespace attnkern::attention_gate::ATTNKERN_ISA {
 
 // Element (term c, position l) is p[c channel + l position]; one of the strides is 1.
@@ -39,11 +40,6 @@ ATTNKERN_INLINE void each_vector_as(int64_t n, const F& f) {
   if (i < n) f(i, Part{n - i});
 }
 
-template <class From, class To>
-ATTNKERN_INLINE void copy(const From* from, To* to, int64_t n) {
-  each_vector<Accumulator<To>>(n, [&](int64_t i, auto access) { access.write(to + i, access.read(from + i)); });
-}
-
 // Brings the lines of n elements nearer, to be read or to be written.
 template <bool write, class T>
 ATTNKERN_INLINE void prefetch(const T* p, int64_t n) {
@@ -69,19 +65,26 @@ ATTNKERN_INLINE void each_run(const Sizes& n, int64_t begin, int64_t count, cons
 
 // ---- operands
 
-// n positions from `begin`, in the map itself or in `copy`, where `feed` brings them.
-template <class T, class A>
-Operand<A> operand(const ConstMap& map, bool last, int64_t b, int64_t begin, int64_t channels, A* copy, int64_t ld) {
-  if constexpr (std::is_same_v<T, A>) {
-    if (last) return {element<const T>(map, b, 0, begin), 1, map.stride_position};
+// n positions from `begin`, in the map itself, channels last, or in `copy`, where `feed` brings them.
+template <class T, class X>
+Operand<X> operand(const ConstMap& map, bool last, int64_t b, int64_t begin, int64_t channels, X* copy, int64_t ld) {
+  if constexpr (std::is_same_v<T, X>) {
+    if (!copy) return {element<const T>(map, b, 0, begin), 1, map.stride_position};
   }
-  return last ? Operand<A>{copy, 1, leading(channels)} : Operand<A>{copy, ld, 1};
+  return last ? Operand<X>{copy, 1, leading(channels)} : Operand<X>{copy, ld, 1};
+}
+
+// Whether the positions of a map channels last are rows of pairs.
+template <class T>
+bool in_pairs(const ConstMap& map, int64_t channels) {
+  const int64_t odd = channels | map.stride_position | map.stride_batch;
+  return odd % 2 == 0 && reinterpret_cast<uintptr_t>(map.data) % sizeof(cpu::Pair) == 0;
 }
 
 // The same positions, for a feed: in place they are only brought nearer, in pieces of 1 KB where they are adjacent.
-template <class T, class A>
+template <class T, class X>
 void feed_map(Feed& feed, const ConstMap& map, bool last, int64_t b, int64_t begin, int64_t n, int64_t channels,
-              A* copy, int64_t ld) {
+              X* copy, int64_t ld) {
   const T* from = element<const T>(map, b, 0, begin);
   if (!last)
     feed.add(from, map.stride_channel, copy, ld, channels, n);
@@ -135,8 +138,9 @@ ATTNKERN_INLINE void visit_kernel(int64_t k, const F& f) {
 constexpr int64_t kAheadRows = 8;
 
 // every[i][l] = from[l k + i] by way of `line`, and every[i][l] -> line[l k + i]: k = 2 by vectors.
-template <class T, class A, class K>
-ATTNKERN_INLINE void deal(const T* from, A* line, RowsAt<A> every, int64_t n, K k) {
+template <class T, class X, class K>
+ATTNKERN_INLINE void deal(const T* from, X* line, RowsAt<X> every, int64_t n, K k) {
+  using A = Accumulator<X>;
   if constexpr (std::is_same_v<K, int64_t>) {
     copy(from, line, n * k);
     for (int64_t i = 0; i < k; ++i)
@@ -165,11 +169,11 @@ ATTNKERN_INLINE void gather(RowsAt<const A> every, A* line, int64_t n, K k) {
   }
 }
 
-template <class T, class A>
-Operand<A> load_patches(const Inputs& p, bool last, int64_t b, int64_t begin, int64_t n, const Scratch& s) {
+template <class T, class X>
+Operand<X> load_patches(const Inputs& p, bool last, int64_t b, int64_t begin, int64_t n, const Scratch& s) {
   const Sizes& z = p.sizes;
   const int64_t channels = z.channels, k3 = z.kernel[2], rows = z.kernel[0] * z.kernel[1];
-  A *to = static_cast<A*>(s.x[0]), *line = static_cast<A*>(s.line);
+  X *to = static_cast<X*>(s.x[0]), *line = static_cast<X*>(s.line);
   const int64_t ld = last ? leading(terms(z)) : s.ld;
   each_run(z, begin, n, [&](int64_t q1, int64_t q2, int64_t q3, int64_t run, int64_t at) {
     for (int64_t i = 0; i < rows; ++i) {
@@ -182,13 +186,13 @@ Operand<A> load_patches(const Inputs& p, bool last, int64_t b, int64_t begin, in
       for (int64_t c = 0; c < channels; ++c) {
         if (c + kAheadRows < channels) prefetch<false>(element<const T>(p.x, b, c + kAheadRows, x), run * k3);
         visit_kernel(k3, [&](auto k) {
-          deal(element<const T>(p.x, b, c, x), line, RowsAt<A>{to + (i * k * channels + c) * ld + at, channels * ld},
+          deal(element<const T>(p.x, b, c, x), line, RowsAt<X>{to + (i * k * channels + c) * ld + at, channels * ld},
                run, k);
         });
       }
     }
   });
-  return last ? Operand<A>{to, 1, ld} : Operand<A>{to, ld, 1};
+  return last ? Operand<X>{to, 1, ld} : Operand<X>{to, ld, 1};
 }
 
 // dx = d + the gradients of a tile's patches, in `from` as load_patches has them, and d where a row ends uncovered.

@@ -1,26 +1,28 @@
 // The product that every step of a tile is, and the transposition between its layouts.
 //
 //   Computes  out[i,j] = finish(sum_k a(i,k) b[k,j]);  to[j,i] = from[i,j]
-//   Layout    rows of b and out are contiguous, a has any strides: a map channels first is one channels last transposed
+//   Layout    rows of b and out are contiguous, a has any strides: a map channels first is one channels last
+//   transposed.
+//             bfloat16 may come in pairs of adjacent terms k: then k counts pairs
 //   Mapping   register tiles of 8 x 2 vectors (4 x 2 of narrow ones), columns by columns: b's two vectors stay in L1
 //   Traffic   a once for two vectors of columns, b once for eight rows; 255 of 260 GFLOP/s on one core from L2
-//   Numerics  accumulation type A; one chain of `inner` terms, which callers keep at kChain where they can
+//   Numerics  accumulation type; one chain of `inner` terms, which callers keep at kChain where they can
 namespace attnkern::attention_gate::ATTNKERN_ISA {
 
 constexpr int kTileRows = ATTNKERN_BYTES == 64 ? 8 : 4;
 
-template <int M, int N, class A, class Out, class Finish, class Access>
-ATTNKERN_INLINE void product_tile(const Strided<A>& a, RowsAt<const A> b, RowsAt<Out> out, int64_t i, int64_t j,
+template <int M, int N, class E, class Out, class Finish, class Access>
+ATTNKERN_INLINE void product_tile(const Strided<E>& a, RowsAt<const E> b, RowsAt<Out> out, int64_t i, int64_t j,
                                   int64_t inner, const Finish& finish, const Access& access) {
-  constexpr int lanes = kLanes<A>;
-  Vec<A> sums[M][N] = {};
-  const A *ak = a.p + i * a.row, *bk = b.p + j;
+  constexpr int lanes = kLanes<Accumulator<E>>;
+  Vec<Accumulator<E>> sums[M][N] = {};
+  const E *ak = a.p + i * a.row, *bk = b.p + j;
   for (int64_t k = 0; k < inner; ++k, ak += a.column, bk += b.ld) {
-    Vec<A> v[N];
+    decltype(access.read(bk)) v[N];
     for (int n = 0; n < N; ++n) v[n] = access.read(bk + n * lanes);
 #pragma GCC unroll 8
     for (int m = 0; m < M; ++m)
-      for (int n = 0; n < N; ++n) sums[m][n] += ak[m * a.row] * v[n];
+      for (int n = 0; n < N; ++n) multiply_add(sums[m][n], ak[m * a.row], v[n]);
   }
 #pragma GCC unroll 8
   for (int m = 0; m < M; ++m)
@@ -37,10 +39,10 @@ struct Nothing {
 
 // Full is Whole or Streamed, how whole vectors are written; finish(sum, i, j, access) makes a result of a sum; the feed
 // hears of the multiplications as they are done; ahead(i, j) hears of each row of a register tile one tile before.
-template <class Full = Whole, class A, class Out, class Finish, class Ahead = Nothing>
-void product(Strided<A> a, RowsAt<const A> b, RowsAt<Out> out, int64_t rows, int64_t columns, int64_t inner,
+template <class Full = Whole, class E, class Out, class Finish, class Ahead = Nothing>
+void product(Strided<E> a, RowsAt<const E> b, RowsAt<Out> out, int64_t rows, int64_t columns, int64_t inner,
              const Finish& finish, Feed& feed, const Ahead& ahead = {}) {
-  constexpr int64_t lanes = kLanes<A>;
+  constexpr int64_t lanes = kLanes<Accumulator<E>>;
   const auto column = [&](int64_t j, auto n, auto access) ATTNKERN_INLINE_LAMBDA {
     constexpr int N = decltype(n)::value;
     int64_t i = 0;
@@ -82,12 +84,13 @@ struct AddTo {
 };
 
 // out (+)= a b in chains of kChain terms; out's columns are whole vectors
-template <class A>
-void accumulate(Strided<A> a, RowsAt<const A> b, RowsAt<A> out, int64_t rows, int64_t columns, int64_t inner, bool add,
-                Feed& feed) {
+template <class E>
+void accumulate(Strided<E> a, RowsAt<const E> b, RowsAt<Accumulator<E>> out, int64_t rows, int64_t columns,
+                int64_t inner, bool add, Feed& feed) {
+  using A = Accumulator<E>;
   for (int64_t k = 0; k == 0 || k < inner; k += kChain) {
-    const Strided<A> ak{a.p + k * a.column, a.row, a.column};
-    const RowsAt<const A> bk{b.p + k * b.ld, b.ld};
+    const Strided<E> ak{a.p + k * a.column, a.row, a.column};
+    const RowsAt<const E> bk{b.p + k * b.ld, b.ld};
     const int64_t n = inner - k < kChain ? inner - k : kChain;
     if (k || add)
       product(ak, bk, out, rows, columns, n, AddTo<A>{{out.p, out.ld}}, feed);

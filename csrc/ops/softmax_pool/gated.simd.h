@@ -9,23 +9,13 @@
 //             multiplied in pairs where the processor can: da and db are rounded to it, as torch's are
 namespace attnkern::softmax_pool::ATTNKERN_ISA {
 
-// What the products multiply: pairs of adjacent terms, or the accumulation type.
-template <class T>
-constexpr bool kPaired = kPairs && std::is_same_v<T, cpu::BFloat16>;
-template <class T>
-using Term = std::conditional_t<kPaired<T>, cpu::Pair, Accumulator<T>>;
-template <class T>
-constexpr int64_t terms(int64_t n) {
-  return kPaired<T> ? (n + 1) / 2 : n;
-}
-
 // Column block `block` of [V | U]^T [D, columns], or of [V ; U] [columns, D], as panels.
 template <class T>
 void pack_block(const Inputs& p, bool back, int64_t block, void* panels) {
   using A = Accumulator<T>;
   constexpr int64_t width = kPanel<A>;
   const int64_t features = p.sizes.features, hidden = p.sizes.hidden, half = half_of(p);
-  const int64_t inner = terms<T>(back ? hidden_columns(p) : features);
+  const int64_t inner = steps<T>(back ? hidden_columns(p) : features);
   const auto weight = [&](int64_t column, int64_t k) {
     const int64_t unit = back ? k : column, feature = back ? column : k;
     const T* matrix = static_cast<const T*>(unit < half ? p.V : p.U);
@@ -53,7 +43,7 @@ struct GatedScorer : Scorer<T> {
   const int64_t half = half_of(p), columns = hidden_columns(p), ld = columns + 16;
   const A* w = static_cast<const A*>(p.w);
   A* hidden = static_cast<A*>(s.hidden);  // [tile, ld]: a and b
-  using X = std::conditional_t<kPaired<T>, T, A>;
+  using X = Copied<T>;
   Tile<const X> x{};
 
   // The tile as rows of what the products read: in place, or in scratch.
@@ -77,12 +67,12 @@ struct GatedScorer : Scorer<T> {
 
   // rows [n, length] of X as the left side of a product
   static Strided<Term<T>> rows_of(const X* rows, int64_t ld_rows) {
-    return {reinterpret_cast<const Term<T>*>(rows), terms<T>(ld_rows), 1};
+    return {reinterpret_cast<const Term<T>*>(rows), steps<T>(ld_rows), 1};
   }
 
   void score(A* e) const {
     panel_product(rows_of(x.p, x.ld), static_cast<const Term<T>*>(s.panels), {hidden, ld}, n, columns,
-                  terms<T>(features));
+                  steps<T>(features));
     visit_act(p.act, [&](auto act) { p.U ? activate<act(), true>(e) : activate<act(), false>(e); });
     this->add_c(e);
   }
@@ -138,7 +128,7 @@ struct GatedScorer : Scorer<T> {
     if (!b.dvalues.data) return {};
     const Tile<A> dx{static_cast<A*>(s.items), round_up(features, kBlockColumns) + 16, false};
     panel_product(rows_of(d.rows, ld), static_cast<const Term<T>*>(s.panels_back), {dx.p, dx.ld}, n,
-                  round_up(features, kBlockColumns), terms<T>(columns));
+                  round_up(features, kBlockColumns), steps<T>(columns));
     return dx;
   }
 
@@ -155,11 +145,11 @@ struct GatedScorer : Scorer<T> {
       const Tile<T> rows{static_cast<T*>(s.rounded), ld, false};
       put_items(Tile<const A>{hidden, ld, false}, rows, n, columns);
       auto* pairs = reinterpret_cast<cpu::Pair*>(rows.p + s.tile * ld);
-      auto* items = pairs + terms<T>(s.tile) * ld;
+      auto* items = pairs + steps<T>(s.tile) * ld;
       if (sum_items) {
         pair_rows<T>({rows.p, ld}, n, columns, [&](int64_t k, int64_t j) { return pairs + k * ld + j; });
         pair_rows<T>({x.p, x.ld}, n, features, [&](int64_t k, int64_t j) {
-          return items + (j / kPanel<A> * terms<T>(n) + k) * kPanel<A> + j % kPanel<A>;
+          return items + (j / kPanel<A> * steps<T>(n) + k) * kPanel<A> + j % kPanel<A>;
         });
       }
       return {rows.p, pairs, items};
@@ -172,7 +162,7 @@ struct GatedScorer : Scorer<T> {
     A *dW = static_cast<A*>(weight), *db = static_cast<A*>(bias);
     const Strided<Term<T>> transposed{d.hidden + first, 1, ld};
     if constexpr (kPaired<T>) {
-      if (dW) panel_product<true>(transposed, d.items, {dW, features}, units, features, terms<T>(n));
+      if (dW) panel_product<true>(transposed, d.items, {dW, features}, units, features, steps<T>(n));
     } else {
       if (dW) outer<A, A, A>(transposed, {d.items, x.ld}, {dW, features}, {dW, features}, units, features, n);
     }
