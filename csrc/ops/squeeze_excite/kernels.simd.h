@@ -5,6 +5,7 @@
 #include "ops/squeeze_excite/activations.simd.h"
 #include "ops/squeeze_excite/maps.simd.h"
 #include "ops/squeeze_excite/mlp.simd.h"
+#include "ops/squeeze_excite/rescale.simd.h"
 
 namespace attnkern::squeeze_excite::ATTNKERN_ISA {
 
