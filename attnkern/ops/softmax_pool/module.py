@@ -350,8 +350,8 @@ class GatedAttentionPool(_Pool):
     def forward(self, x: Tensor, **call: Any) -> Any:
         return (
             gated_attention_pool(x, **self._weights(), **self.options, **call)
-            if self._altered() is None
-            else self._by_layers(x, **self.options, **call)
+            if (altered := self._altered()) is None
+            else self._by_layers(altered, x, **self.options, **call)
         )
 
     def _altered(self) -> nn.Module | None:
@@ -372,9 +372,8 @@ class GatedAttentionPool(_Pool):
         tanh = altered is None and act is nn.GELU and layers[2].approximate != "none"
         return layers[2] if tanh else altered
 
-    def _by_layers(self, x: Tensor, act: str, **options: Any) -> Any:
-        if (altered := self._altered()) is not None:
-            say_once(self, altered)
+    def _by_layers(self, altered: nn.Module, x: Tensor, act: str, **options: Any) -> Any:
+        say_once(self, altered)
         return layered.gated(self._scores, x, **options)
 
     def _scores(self, x: Tensor) -> Tensor:

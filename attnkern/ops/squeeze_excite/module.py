@@ -127,8 +127,8 @@ class SqueezeExcite(nn.Module):
                 drop_path=drop_path,
                 **self.options,
             )
-            if self._altered() is None
-            else self._by_layers(x, residual, drop_path)
+            if (altered := self._altered()) is None
+            else self._by_layers(altered, x, residual, drop_path)
         )
 
     def _altered(self) -> nn.Module | None:
@@ -142,10 +142,15 @@ class SqueezeExcite(nn.Module):
             return None
         return None if self.options["act"] == "prelu" and plain(act, _PRELU) else act
 
-    def _by_layers(self, x: Tensor, residual: Tensor | None, drop_path: Tensor | None) -> Tensor:
+    def _by_layers(
+        self,
+        altered: nn.Module,
+        x: Tensor,
+        residual: Tensor | None,
+        drop_path: Tensor | None,
+    ) -> Tensor:
         """Squeeze and rescale around the layers themselves."""
-        if (altered := self._altered()) is not None:
-            say_once(self, altered)
+        say_once(self, altered)
         o = dict(self.options)
         act, slope = o.pop("act"), o.pop("act_slope")
         m = squeeze(x, impl=o["impl"])
