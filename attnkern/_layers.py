@@ -2,14 +2,13 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 
 from attnkern import _activations
+from attnkern._once import say_once
 
 
 def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
@@ -49,18 +48,14 @@ def first_altered(layers: Sequence[Any], classes: Sequence[type]) -> Any:
     return None
 
 
-_said: set[str] = set()
-
-
-def say_once(module: nn.Module, layer: Any) -> None:
+def say_altered(module: nn.Module, layer: Any) -> None:
     """That ``module`` calls its layers, and why: ``layer`` is more than its parameters."""
-    if torch.compiler.is_compiling():
-        return
-    name = next(name for name, child in module.named_modules() if child is layer)
-    text = f"{type(module).__name__} is computed layer by layer: its {name} {_why(layer)}"
-    if text not in _said:
-        _said.add(text)
-        warnings.warn(text, stacklevel=6)
+
+    def text() -> str:
+        name = next(name for name, child in module.named_modules() if child is layer)
+        return f"{type(module).__name__} is computed layer by layer: its {name} {_why(layer)}"
+
+    say_once(text)
 
 
 def _why(layer: Any) -> str:

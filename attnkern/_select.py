@@ -10,20 +10,18 @@ from __future__ import annotations
 import contextlib
 import importlib.util
 import os
-import sys
-import warnings
 from collections.abc import Iterator
 
 import torch
 from torch.autograd import forward_ad
 
 from attnkern import _library, _native
+from attnkern._once import say_once
 
 IMPLS = ("auto", *_library.IMPLS, "reference")
 ORDER = {"cuda": ("native", "triton", "reference"), "cpu": ("native", "reference")}
 
 _override: str | None = None
-_warned: set[tuple[str, str, torch.dtype]] = set()
 
 
 def _environment() -> str:
@@ -125,30 +123,15 @@ def select(
     for impl in ORDER.get(device.type, ("reference",)):
         if refuse(impl, device, dtype, operator) is None:
             break
-    if impl == "reference" and device.type != "meta" and not torch.compiler.is_compiling():
-        _say_once(op, device, dtype, operator)
+    if impl == "reference" and device.type != "meta":
+        say_once(lambda: _why_reference(op, device, dtype, operator))
     return impl
 
 
-def _say_once(op: str, device: torch.device, dtype: torch.dtype, operator: str | None) -> None:
-    key = (op, device.type, dtype)
-    if key in _warned:
-        return
-    _warned.add(key)
+def _why_reference(op: str, device: torch.device, dtype: torch.dtype, operator: str | None) -> str:
     reasons = "; ".join(
         f"{impl}: {refuse(impl, device, dtype, operator)}"
         for impl in ORDER.get(device.type, ("native", "triton"))
         if impl != "reference"
     )
-    warnings.warn(
-        f"{op} runs its reference implementation for {dtype} on {device.type}: {reasons}",
-        stacklevel=_frames_to_caller(),
-    )
-
-
-def _frames_to_caller() -> int:
-    """The stacklevel, seen from the caller of this function, of the first frame outside attnkern."""
-    frame, level = sys._getframe(1), 1
-    while frame.f_back and frame.f_globals.get("__name__", "").startswith("attnkern."):
-        frame, level = frame.f_back, level + 1
-    return level
+    return f"{op} runs its reference implementation for {dtype} on {device.type}: {reasons}"

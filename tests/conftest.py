@@ -16,7 +16,7 @@ import pytest
 import torch
 import torch._inductor.decomposition  # torch 2.11 cannot import it for the first time during an export
 
-from attnkern import _layers, _native, _select, testing
+from attnkern import _native, _once, _select, testing
 from attnkern._checks import DTYPES
 
 
@@ -57,8 +57,8 @@ class Call:
 def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
     """What modules say once, each time they say it."""
     texts: list[str] = []
-    monkeypatch.setattr(_layers, "_said", set())
-    warn = _layers.warnings.warn
+    monkeypatch.setattr(_once, "_said", set())
+    warn = _once.warnings.warn
 
     def record(text: Any, *rest: Any, **named: Any) -> None:
         if " is computed layer by layer: " in str(text):
@@ -66,7 +66,7 @@ def said(monkeypatch: pytest.MonkeyPatch) -> list[str]:
         else:
             warn(text, *rest, **named)
 
-    monkeypatch.setattr(_layers.warnings, "warn", record)
+    monkeypatch.setattr(_once.warnings, "warn", record)
     return texts
 
 

@@ -20,7 +20,8 @@ from torchvision.models.quantization.mobilenetv3 import QuantizableSqueezeExcita
 from torchvision.ops.misc import SqueezeExcitation
 
 import attnkern
-from attnkern.integrations import _children
+from attnkern import _once
+from attnkern.nn import SqueezeExcite
 
 BLOCKS = {
     "basic": lambda: BasicBlock(16, 16, attn_layer="se"),
@@ -386,15 +387,22 @@ def test_hooks_on_children_run_whenever_they_were_registered(make, child, kind):
     assert not log
 
 
-def test_a_late_hook_is_said_once(monkeypatch):
-    monkeypatch.setattr(_children, "_said", set())
-    model = SEModule(16)
+@pytest.mark.parametrize(
+    ("make", "child", "said"),
+    [
+        (SEModule, "gate", "SEModule was optimized but runs its own forward: its gate Sigmoid has"),
+        (SqueezeExcite, "fc1", "SqueezeExcite is computed layer by layer: its fc1 has hooks"),
+    ],
+    ids=["optimized", "ours"],
+)
+def test_a_late_hook_is_said_once_at_the_callers_line(make, child, said, monkeypatch):
+    monkeypatch.setattr(_once, "_said", set())
+    model = nn.Sequential(make(16))
     attnkern.optimize(model, impl="reference")
-    model.gate.register_forward_hook(lambda *_: None)
-    with pytest.warns(
-        UserWarning, match="SEModule was optimized but runs its own forward: its gate"
-    ):
+    model[0].get_submodule(child).register_forward_hook(lambda *_: None)
+    with pytest.warns(UserWarning, match=said) as warned:
         model(image())
+    assert [w.filename for w in warned] == [__file__]
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         model(image())

@@ -13,7 +13,7 @@ import pytest
 import torch
 
 import attnkern
-from attnkern import _native, _select
+from attnkern import _native, _once, _select
 from attnkern.functional import squeeze, squeeze_excite
 
 
@@ -197,7 +197,7 @@ def test_transforms_run_through_the_reference():
         return squeeze_excite(x, w)
 
     with pytest.warns(UserWarning, match="torch.func transforms") if _native.available else _none():
-        _select._warned.clear()
+        _once._said.clear()
         mapped = torch.func.vmap(call, (0, None))(x, w)
     torch.testing.assert_close(mapped, torch.stack([call(a, w) for a in x]))
     tangent = torch.randn_like(x[0])

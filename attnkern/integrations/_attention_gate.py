@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from attnkern import _activations, _autocast
 from attnkern._activations import qualified_name
 from attnkern._layers import weight_and_bias, whole_patches
-from attnkern.integrations._children import altered, inlinable, refuse_child, say_once
+from attnkern.integrations._children import altered, inlinable, refuse_child, say_refused
 from attnkern.ops.attention_gate.module import batch_norm, gated, synchronised
 from attnkern.ops.attention_gate.reference import ACTS
 
@@ -151,7 +151,7 @@ _LOW = (torch.bfloat16, torch.float16)
 def ready(module: nn.Module, arguments: Arguments | str, x: Any, g: Any) -> bool:
     """Whether to serve this call: else the module's own forward decides."""
     if isinstance(arguments, str):
-        say_once(module, arguments)
+        say_refused(module, arguments)
         return False
     return inlinable() and _accepts(x, g, arguments)
 

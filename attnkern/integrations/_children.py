@@ -2,15 +2,14 @@
 
 from __future__ import annotations
 
-import warnings
 from typing import Any
 
-import torch
 import torch.nn.modules.module as _module
 from torch import nn
 
 from attnkern._activations import qualified_name
 from attnkern._layers import hooked
+from attnkern._once import say_once
 from attnkern.integrations import is_rerouted
 
 
@@ -60,14 +59,7 @@ def inlinable() -> bool:
     )
 
 
-_said: set[tuple[type, str]] = set()
-
-
-def say_once(module: nn.Module, reason: str) -> None:
-    if torch.compiler.is_compiling() or (type(module), reason) in _said:
-        return
-    _said.add((type(module), reason))
-    warnings.warn(
-        f"attnkern: {type(module).__name__} was optimized but runs its own forward: {reason}",
-        stacklevel=4,
-    )
+def say_refused(module: nn.Module, reason: str) -> None:
+    """That a module was optimized, and why its own forward runs."""
+    name = type(module).__name__
+    say_once(lambda: f"attnkern: {name} was optimized but runs its own forward: {reason}")

@@ -19,7 +19,7 @@ from attnkern.integrations._children import (
     inlinable,
     refuse_child,
     refuse_linear,
-    say_once,
+    say_refused,
 )
 from attnkern.ops.softmax_pool import gated_attention_pool, query_attention_pool
 from attnkern.ops.softmax_pool.reference import ACTS
@@ -30,7 +30,7 @@ _TENSORS = (Tensor, nn.Parameter)
 def ready(module: nn.Module, arguments: Any, x: Any) -> bool:
     """Whether to serve this call: else the module's own forward decides."""
     if isinstance(arguments, str):
-        say_once(module, arguments)
+        say_refused(module, arguments)
         return False
     return inlinable() and _accepts(x, [t for t in arguments if isinstance(t, Tensor)])
 

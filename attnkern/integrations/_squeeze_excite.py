@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attnkern import _activations, _autocast
 from attnkern._layers import weight_and_bias
-from attnkern.integrations._children import altered, inlinable, refuse_conv, say_once
+from attnkern.integrations._children import altered, inlinable, refuse_conv, say_refused
 from attnkern.ops.squeeze_excite.op import squeeze_excite
 from attnkern.ops.squeeze_excite.reference import ACTS, GATES
 
@@ -92,7 +92,7 @@ def accepts(x: Any, arguments: Arguments) -> bool:
 def forward(module: nn.Module, arguments: Arguments | str, x: Any, impl: str) -> Any:
     """The rerouted forward of a module that is squeeze-and-excitation and nothing else."""
     if isinstance(arguments, str):
-        say_once(module, arguments)
+        say_refused(module, arguments)
     elif inlinable() and accepts(x, arguments):
         return call(x, arguments, impl)
     return type(module).forward(module, x)

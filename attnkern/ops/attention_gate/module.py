@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function
 
 from attnkern import _checks
-from attnkern._layers import plain, say_once, weight_and_bias, whole_patches
+from attnkern._layers import plain, say_altered, weight_and_bias, whole_patches
 from attnkern._select import IMPLS
 from attnkern.ops.attention_gate.checks import GATES, UPSAMPLINGS
 from attnkern.ops.attention_gate.functions import attention_gate
@@ -198,7 +198,7 @@ class AttentionGate(nn.Module):
 
     def _inlinable(self, x: Tensor) -> bool:
         if (altered := self._altered()) is not None:
-            say_once(self, altered)
+            say_altered(self, altered)
             return False
         return not any(synchronised(norm, x) for norm in self._norms())
 

@@ -9,7 +9,7 @@ import torch
 from torch import Tensor, nn
 
 from attnkern import _checks
-from attnkern._layers import first_altered, plain, say_once, weight_and_bias
+from attnkern._layers import first_altered, plain, say_altered, weight_and_bias
 from attnkern._select import IMPLS
 from attnkern.ops.softmax_pool import layered
 from attnkern.ops.softmax_pool.functions import (
@@ -203,7 +203,7 @@ class QueryAttentionPool(_Pool):
         kv: Any = self._modules["kv"]
         if plain(kv, _LINEAR):
             return query_attention_pool(x, q, **halves(kv), **options)
-        say_once(self, kv)
+        say_altered(self, kv)
         return layered.query(kv, x, q, **options)
 
     def _head(self, pooled: Any) -> Any:
@@ -286,7 +286,7 @@ class AdditiveAttentionPool(_Pool):
         full_att: Any = self._modules["full_att"]
         if plain(full_att, _LINEAR):
             return additive_attention_pool(keys, x, q, *weight_and_bias(full_att), **options)
-        say_once(self, full_att)
+        say_altered(self, full_att)
         return layered.additive(full_att, keys, x, q, **options)
 
 
@@ -373,7 +373,7 @@ class GatedAttentionPool(_Pool):
         return layers[2] if tanh else altered
 
     def _by_layers(self, altered: nn.Module, x: Tensor, act: str, **options: Any) -> Any:
-        say_once(self, altered)
+        say_altered(self, altered)
         return layered.gated(self._scores, x, **options)
 
     def _scores(self, x: Tensor) -> Tensor:

@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnkern import _activations, _checks
-from attnkern._layers import plain, say_once, weight_and_bias
+from attnkern._layers import plain, say_altered, weight_and_bias
 from attnkern._select import IMPLS
 from attnkern.ops.squeeze_excite.op import excite, squeeze, squeeze_excite
 from attnkern.ops.squeeze_excite.reference import ACTS, APPLIES, GATES, OUT_ACTS, activation
@@ -150,7 +150,7 @@ class SqueezeExcite(nn.Module):
         drop_path: Tensor | None,
     ) -> Tensor:
         """Squeeze and rescale around the layers themselves."""
-        say_once(self, altered)
+        say_altered(self, altered)
         o = dict(self.options)
         act, slope = o.pop("act"), o.pop("act_slope")
         m = squeeze(x, impl=o["impl"])
