@@ -28,12 +28,8 @@ from bench.rows import FORWARD, TRAINING
 from bench.runner import Settings, peak_bytes
 
 SIZE = 224
-PHOTOGRAPHS = (
-    "astronaut.png",
-    "coffee.png",
-    "chelsea.png",
-    "rocket.jpg",
-)  # in scikit-image's wheel
+# in scikit-image's wheel
+PHOTOGRAPHS = ("astronaut.png", "coffee.png", "chelsea.png", "rocket.jpg")
 ATTENTION = (
     "SEModule",
     "SqueezeExcite",

@@ -100,11 +100,8 @@ def test_there_is_no_central_list_of_operators():
     """Nothing below or beside the operators names one; folders are discovered."""
     names = [folder.name for folder in OPS]
     shared = [p for p in PACKAGE if not p.is_relative_to(ROOT / "attnkern/ops")]
-    allowed = (
-        "functional.py",
-        "nn.py",
-        "_squeeze_excite.py",
-    )  # names only; the rules of one operator
+    # names only; the rules of one operator
+    allowed = ("functional.py", "nn.py", "_squeeze_excite.py")
     for path in [*shared, ROOT / "CMakeLists.txt", ROOT / "setup.py"]:
         if path.name in allowed or "integrations" in path.parts:
             continue

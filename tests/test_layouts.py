@@ -113,9 +113,8 @@ def test_x(name, target, dtype):
     got = _call(target, x)
     assert torch.equal(x, before)
     assert x._version == version
-    if target.impl != "reference" and not _layout.readable(
-        x
-    ):  # copied: the same kernel, same values
+    # copied: the same kernel, same values
+    if target.impl != "reference" and not _layout.readable(x):
         _assert_equal(got, _call(target, x.clone(memory_format=torch.contiguous_format)))
     (y,) = got.outputs
     assert not torch._C._overlaps(y, x)

@@ -140,9 +140,8 @@ def test_a_gated_pool_keeps_and_allocates_nothing_of_the_size_of_its_hidden_laye
     )
     large = sorted(sizes)[-2:]
     assert large[1] == bag
-    workspace = bag // 8 + (
-        1 << 18
-    )  # partial sums of the parameters' gradients, and a thread's tiles
+    # partial sums of the parameters' gradients, and a thread's tiles
+    workspace = bag // 8 + (1 << 18)
     assert large[0] <= workspace
     tensors["x"].requires_grad_(False)
     frozen = [tensors["V"], tensors["w"]]

@@ -67,9 +67,8 @@ def generator():
 def test_brain_is_whole_and_its_matters_lie_inside(volume):
     assert volume.t1.shape == volume.labels.shape == (98, 116, 94)
     _, grey, white = (int((volume.labels == k).sum()) for k in range(3))
-    assert (
-        0.9e6 < 8 * grey < 1.3e6
-    )  # mm^3; a head holds about 0.7 litres, the template somewhat more
+    # mm^3; a head holds about 0.7 litres, the template somewhat more
+    assert 0.9e6 < 8 * grey < 1.3e6
     assert 0.5e6 < 8 * white < 0.8e6
     assert volume.t1[volume.labels == 2].mean() > volume.t1[volume.labels == 1].mean() + 0.5
     for place in brain.SLABS:

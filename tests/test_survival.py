@@ -35,9 +35,8 @@ def test_copies_are_optimized_and_use_their_own_parameters(make):
         "replica": model._replicate_for_data_parallel(),
     }
     for kind, other in copies.items():
-        if (
-            kind != "replica"
-        ):  # which shares its children with the original until they are replicated
+        # a replica shares its children with the original until they are replicated
+        if kind != "replica":
             close(outcome(other, image()), want)
             for parameter in other.parameters():
                 nn.init.ones_(parameter)

@@ -152,9 +152,7 @@ def bag(
     z, scores = _softmax_pool.gated_pool(h.unsqueeze(0), arguments, impl, return_scores=True)
     z, scores = z.squeeze(0), scores.squeeze(0)  # [K, D] and [K, N]
     classifiers = module._modules["classifiers"]
-    if isinstance(
-        classifiers, nn.ModuleList
-    ):  # one a branch; their logits are float32 in any dtype
+    if isinstance(classifiers, nn.ModuleList):  # one a branch, logits float32 in any dtype
         logits = torch.stack([classify(z[k]) for k, classify in enumerate(classifiers)], 1).float()
     else:
         logits = classifiers(z)

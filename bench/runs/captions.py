@@ -47,9 +47,8 @@ def draw(source: Digits, count: int, generator: torch.Generator, most: int = MOS
     side, across = CELLS * CELL, CELLS * CELL // LINE
     places = torch.rand(count, across**2, generator=generator).argsort(1)[:, :MOST]
     absent = torch.arange(MOST) >= lengths[:, None]
-    places = (
-        places.masked_fill(absent, across**2).sort(1).values
-    )  # reading order, then what is absent
+    # reading order, then what is absent
+    places = places.masked_fill(absent, across**2).sort(1).values
     jitter = torch.randint(LINE - SIDE + 1, (count, MOST, 2), generator=generator)
     corners = LINE * torch.stack([places // across, places % across], 2) + jitter
     chosen = torch.randint(len(source.labels), (count, MOST), generator=generator)

@@ -33,10 +33,8 @@ FILES = {
     "recogniser": "ch_PP-OCRv4_rec_infer",
 }
 HEIGHT = 48  # of a line, for the classifier and the recogniser
-SIDE, LARGE = (
-    384,
-    736,
-)  # shorter sides of the page: read best, and what PP-OCR's own pipeline makes of it
+# shorter sides of the page: read best, and what PP-OCR's own pipeline makes of it
+SIDE, LARGE = 384, 736
 HALF = 2.0**-11  # the spacing of half-precision numbers below 1
 SAYS = """Region-based segmentation Let us first determine markers of the coins and the background. These
 markers are pixels that we can label unambiguously as either object or background. Here, the markers are found

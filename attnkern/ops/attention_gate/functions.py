@@ -153,9 +153,7 @@ def attention_gate(
             y = y if carried == target else _map(g)
             y = op.apply(impl, y, _map(alpha_full).squeeze(1))
         for _ in range(5 - x.dim()):
-            y = y.squeeze(
-                2
-            )  # a view of given strides, which reshape would choose anew for a batch of 1
+            y = y.squeeze(2)  # keeps y's strides; reshape chooses them anew for a batch of 1
         if out_weight is not None:
             y = _out(y, out_weight, out_bias, out_norm)
     return (y, alpha.to(x.dtype), alpha_full.to(x.dtype)) if return_alpha else y
