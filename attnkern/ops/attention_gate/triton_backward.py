@@ -7,8 +7,8 @@ import triton.language as tl
 
 from attnkern._triton.activation import activation, sigmoid
 from attnkern._triton.product import product_of_stored
-from attnkern.ops.attention_gate.triton_forward import UNSPECIALISED
 from attnkern.ops.attention_gate.triton_maps import (
+    UNSPECIALISED,
     hidden_grad,
     hidden_layer,
     load_hidden,

@@ -7,15 +7,13 @@ import triton.language as tl
 
 from attnkern._triton.activation import activation, sigmoid
 from attnkern.ops.attention_gate.triton_maps import (
+    UNSPECIALISED,
     hidden_layer,
     load_hidden,
     load_tile,
     patches,
     store_tile,
 )
-
-UNSPECIALISED = ["tiles", "q1", "q2", "q3", "x2", "x3", "g2", "g3", "corners"]
-"""Sizes in whose every value, 1 included, the same kernel serves."""
 
 
 @triton.jit(do_not_specialize=UNSPECIALISED)

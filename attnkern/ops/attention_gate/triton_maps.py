@@ -16,6 +16,9 @@ import triton.language as tl
 from attnkern._triton.activation import activation_grad
 from attnkern._triton.product import parts_of, product_of_stored
 
+UNSPECIALISED = ["tiles", "q1", "q2", "q3", "x2", "x3", "g2", "g3", "corners"]
+"""Sizes in whose every value, 1 included, the same kernel serves."""
+
 
 @triton.jit
 def coordinates(first, size2, size3, BLOCK_P: tl.constexpr):

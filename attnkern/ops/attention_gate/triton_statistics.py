@@ -6,8 +6,8 @@ import triton
 import triton.language as tl
 
 from attnkern._triton.product import sum_rows_of_tile
-from attnkern.ops.attention_gate.triton_forward import UNSPECIALISED
 from attnkern.ops.attention_gate.triton_maps import (
+    UNSPECIALISED,
     hidden_grad,
     hidden_layer,
     patches,
