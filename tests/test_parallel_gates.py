@@ -16,7 +16,7 @@ from torch.nn.parallel import DistributedDataParallel
 import attnkern
 from attnkern.nn import AttentionGate
 
-SHARDED = "its theta's weight is sharded; optimize before wrapping"
+SHARDED = "its weights are sharded; optimize before wrapping"
 
 
 class Net(nn.Module):

@@ -17,7 +17,7 @@ from typing import Any
 from torch import nn
 
 from attnkern._activations import qualified_name
-from attnkern.integrations._structure import agrees, refers_to
+from attnkern.integrations._structure import SHARDED, agrees, refers_to, sharded
 
 
 @dataclass(frozen=True)
@@ -68,6 +68,8 @@ class Rule:
         arguments = self.read(module)
         if isinstance(arguments, str):
             return arguments
+        if self.trial and sharded(module):
+            return SHARDED
         if self.trial and not agrees(module, self.method, self.forward, self.trial(module)):
             return f"its {self.method} gives other results than {self.cls}"
         return None

@@ -17,6 +17,7 @@ from attnkern import _activations, _autocast
 from attnkern._activations import qualified_name
 from attnkern._layers import weight_and_bias, whole_patches
 from attnkern.integrations._children import altered, inlinable, refuse_child, say_refused
+from attnkern.integrations._structure import SHARDED
 from attnkern.ops.attention_gate.module import batch_norm, gated, synchronised
 from attnkern.ops.attention_gate.reference import ACTS
 
@@ -120,7 +121,7 @@ def read(
             return f"its {role} is not a 1x1 convolution: {conv}"
         weight, bias = weight_and_bias(conv)
         if weight.dim() < 3:  # outside a forward, by FSDP with use_orig_params
-            return f"its {role}'s weight is sharded; optimize before wrapping"
+            return SHARDED
         weights[f"{role}_weight"], weights[f"{role}_bias"] = weight, bias
     if len(set(map(id, norms.values()))) < len(norms):
         return "its branches share a norm"

@@ -68,6 +68,7 @@ class Projections(NamedTuple):
     k_bias: Tensor | None
     v_weight: Tensor
     v_bias: Tensor | None
+    note: str = ""
 
 
 def token_pool(

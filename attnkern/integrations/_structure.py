@@ -24,6 +24,17 @@ def refers_to(method: Any, names: str, exactly: bool = True) -> bool:
     return list(code.co_names) == known if exactly else set(code.co_names) <= set(known)
 
 
+SHARDED = "its weights are sharded; optimize before wrapping"
+"""Between the forwards of FSDP1."""
+
+
+def sharded(module: nn.Module) -> bool:
+    """Whether FSDP1 has put views of its flat parameter, or shards of one dim, where the weights were."""
+    layers = (m for m in module.modules() if isinstance(m, (nn.Linear, nn.modules.conv._ConvNd)))
+    weights = (m._parameters.get("weight") for m in layers)
+    return any(w is None or w.dim() < 2 for w in weights)
+
+
 class _Trial(nn.Module):
     """Calls a method of a module without the module's hooks."""
 

@@ -109,19 +109,23 @@ def latent_pool(module: Any, x: Any, attn_mask: Any = None, *, impl: str) -> Any
 # ------------------------------------------------------------------ AttentionPool2d, RotAttentionPool2d
 
 
-class Rotary(NamedTuple):
-    """`Projections` of keys that are rotated."""
+class Joint(NamedTuple):
+    """`Projections` side by side in one layer, to be split at the call: until then FSDP1 may hold their storage."""
 
-    q_weight: Tensor
-    q_bias: Tensor | None
-    k_weight: Tensor
-    k_bias: Tensor | None
-    v_weight: Tensor
-    v_bias: Tensor | None
-    note: str = "its keys are rotated: projected, not folded"
+    weight: Tensor
+    bias: Tensor | None
+    note: str = ""
 
 
-def _read_token(m: Any) -> Projections | str:
+def _split(p: Projections | Joint) -> Projections:
+    if isinstance(p, Projections):
+        return p
+    q, k, v = p.weight.chunk(3)
+    b_q, b_k, b_v = (None,) * 3 if p.bias is None else p.bias.chunk(3)
+    return Projections(q, b_q, k, b_k, v, b_v)
+
+
+def _read_token(m: Any) -> Projections | Joint | str:
     if m.pool_type != "token":
         return f"pool_type={m.pool_type!r} keeps every token: there is nothing to pool"
     names = ("q", "k", "v") if m.qkv is None else ("qkv",)
@@ -134,10 +138,7 @@ def _read_token(m: Any) -> Projections | str:
     if len(names) == 3:
         q, k, v = m.q, m.k, m.v
         return Projections(q.weight, q.bias, k.weight, k.bias, v.weight, v.bias)
-    weights = m.qkv.weight.chunk(3)
-    biases = (None,) * 3 if m.qkv.bias is None else m.qkv.bias.chunk(3)
-    pairs = zip(weights, biases, strict=True)
-    return Projections(*(t for pair in pairs for t in pair))
+    return Joint(m.qkv.weight, m.qkv.bias)
 
 
 def _pools(module: Any, p: Any, x: Any) -> bool:
@@ -164,13 +165,14 @@ def token_pool(module: Any, x: Any, pre_logits: bool = False, *, impl: str) -> A
     )
     scale = None if module.fused_attn else module.scale
     tokens = _tokens(module, x) + positions
-    z = _softmax_pool.token_pool(tokens, p, module.num_heads, scale, impl).squeeze(1)
+    z = _softmax_pool.token_pool(tokens, _split(p), module.num_heads, scale, impl).squeeze(1)
     return z if pre_logits else module.proj(z)
 
 
-def _read_rotary(m: Any) -> Rotary | str:
+def _read_rotary(m: Any) -> Projections | Joint | str:
     p = _read_token(m)
-    return p if isinstance(p, str) else Rotary(*p)
+    note = "its keys are rotated: projected, not folded"
+    return p if isinstance(p, str) else p._replace(note=note)
 
 
 def rotary_pool(module: Any, x: Any, pre_logits: bool = False, *, impl: str) -> Any:
@@ -179,7 +181,7 @@ def rotary_pool(module: Any, x: Any, pre_logits: bool = False, *, impl: str) -> 
         return type(module).forward(module, x, pre_logits)
     from timm.layers import apply_rot_embed_cat
 
-    heads, tokens = module.num_heads, _tokens(module, x)
+    p, heads, tokens = _split(p), module.num_heads, _tokens(module, x)
     rope = module.pos_embed.get_embed(tuple(x.shape[2:]))
     rope = torch.cat(rope, -1) if isinstance(rope, tuple) else rope
     query = F.linear(tokens[:, :1], p.q_weight, p.q_bias)  # not rotated
