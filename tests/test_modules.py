@@ -8,7 +8,7 @@ import pickle
 import pytest
 import timm
 import torch
-from altered_layers import ALTERED, Lora, check, check_observed, observe, replace
+from altered_layers import ALTERED, Lora, check, check_observed, observe, outcome, replace
 from timm.layers.squeeze_excite import SEModule
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -211,6 +211,60 @@ IMAGE = torch.linspace(-2, 3, 144, dtype=torch.float64).sin().view(2, 8, 3, 3)
 @pytest.mark.parametrize("alter", ALTERED.values(), ids=ALTERED)
 def test_altered_layers_are_called_and_it_is_said_once(alter, name, linear, said):
     check(excite(linear), eager, name, alter, (IMAGE,), said)
+
+
+CONVOLUTIONS = {
+    "padding and a kernel that takes it in": ((1, {"padding": 1}), (3, {})),
+    "kernel": ((3, {"padding": 1}), (1, {})),
+    "padding of the same size": ((3, {"padding": "same"}), (3, {"padding": "same"})),
+    "circular padding": ((3, {"padding": 1, "padding_mode": "circular"}), (1, {})),
+    "dilation": ((1, {}), (3, {"padding": 2, "dilation": 2})),
+    "stride": ((1, {"stride": 2}), (1, {"stride": 3, "dilation": 2})),
+    "padding and stride": ((1, {"padding": 1, "stride": 2}), (2, {"stride": 2})),
+    "groups": ((1, {"groups": 2}), (1, {"groups": 4})),
+    "groups of one": ((1, {}), (1, {"groups": 4})),
+}
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+@pytest.mark.parametrize("layers", CONVOLUTIONS.values(), ids=CONVOLUTIONS)
+def test_other_convolutions_are_called(layers, dims, said):
+    torch.manual_seed(0)
+    se = SqueezeExcite(8, rd_channels=4, act="silu", spatial_dims=dims)
+    conv = type(se.fc1)
+    (kernel1, options1), (kernel2, options2) = layers
+    se.fc1, se.fc2 = conv(8, 4, kernel1, **options1), conv(4, 8, kernel2, **options2)
+    se.double()
+    for p in se.parameters():
+        nn.init.normal_(p)
+    x = torch.randn(2, 8, *(3,) * dims, dtype=torch.float64)
+
+    def layered(x):
+        m = x.mean([*range(2, x.dim())], keepdim=True)
+        return x * se.fc2(nn.functional.silu(se.fc1(m))).sigmoid()
+
+    for got, want in zip(outcome(se, se, x), outcome(layered, se, x), strict=True):
+        torch.testing.assert_close(got, want)
+    assert len(said) == 1
+    assert said[0].startswith("SqueezeExcite is computed layer by layer: its fc")
+
+
+@pytest.mark.filterwarnings("ignore:.*layer by layer")
+@pytest.mark.parametrize(
+    ("options1", "second", "message"),
+    [
+        ({"padding": 1}, nn.Conv2d(4, 8, 1), r"fc2 must give one position, got \[2, 8, 3, 3\]"),
+        ({}, nn.Conv2d(4, 8, 1, padding=2), r"fc2 must give one position, got \[2, 8, 5, 5\]"),
+        ({"padding": 1}, nn.Linear(4, 8), r"fc1 must give one position, got \[2, 4, 3, 3\]"),
+    ],
+    ids=["fc1", "fc2", "linear"],
+)
+def test_padding_that_leaves_more_than_one_position_is_named(options1, second, message):
+    """Also where the map has as many positions, which eager multiplies one by one."""
+    se = SqueezeExcite(8, rd_channels=4)
+    se.fc1, se.fc2 = nn.Conv2d(8, 4, 1, **options1), second
+    with pytest.raises(ValueError, match=f"SqueezeExcite: {message}"):
+        se(IMAGE.float())
 
 
 @pytest.mark.parametrize("act", ["silu", "prelu"])

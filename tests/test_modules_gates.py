@@ -217,6 +217,13 @@ ALTERED = {
     "3x3": replaced("theta", lambda: nn.Conv2d(6, 3, 3, padding=1)),
     "dilated": replaced("theta", lambda: nn.Conv2d(6, 3, 1, padding=1, dilation=2)),
     "strided": replaced("theta", lambda: nn.Conv2d(6, 3, 2, stride=1)),
+    "grouped": replaced("theta", lambda: nn.Conv2d(6, 3, 1, groups=3)),
+    "padded phi": replaced("phi", lambda: nn.Conv2d(8, 3, 1, padding=1)),
+    "patches of g": replaced("phi", lambda: nn.Conv2d(8, 3, 2, stride=2)),
+    "patches of psi": replaced("psi", lambda: nn.Conv2d(3, 1, 2, stride=2)),
+    "padded psi": replaced("psi", lambda: nn.Conv2d(3, 1, 1, padding=2, stride=2)),
+    "3x3 out": lambda gate: gate.W.__setitem__(0, nn.Conv2d(6, 6, 3, padding=2, dilation=2)),
+    "grouped out": lambda gate: gate.W.__setitem__(0, nn.Conv2d(6, 6, 1, groups=2)),
     "own forward": lambda gate: setattr(gate.psi, "forward", lambda h: h.sum(1, keepdim=True)),
 }
 

@@ -361,6 +361,28 @@ def test_other_layers_of_the_gated_scorer_are_called(name, layer, why, said):
     assert said == [f"GatedAttentionPool is computed layer by layer: its {name} {why}"]
 
 
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"kernel_size": 2, "stride": 2},
+        {"kernel_size": 3, "stride": 2, "padding": 1},
+        {"kernel_size": 3, "dilation": 2},
+        {"kernel_size": 5, "groups": 5},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", ["attention_a.0", "attention_b.0", "module.0"])
+def test_convolutions_in_place_of_linear_layers_are_called(name, options, said):
+    """Here along the features of five items."""
+    make, eager, ((_, items, features),) = LAYERS[name]
+    pool, x = seeded(make()), noise(2, items, features)
+    before = pool(x)
+    replace(pool, name, nn.Conv1d(items, items, **options).double())
+    torch.testing.assert_close(pool(x), eager(pool, x))
+    assert not torch.allclose(pool(x), before)
+    assert len(said) == 1
+
+
 @pytest.mark.parametrize("name", [*LAYERS, "attention_a", "attention_b.1", "module", "module.1"])
 @pytest.mark.parametrize("layout", ["rows", "channels first", "map", "bags"])
 def test_observed_layers_change_nothing(name, layout, said):

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 from torch.overrides import handle_torch_function
 
 from attnkern import _checks
-from attnkern._layers import plain, say_altered, weight_and_bias, whole_patches
+from attnkern._layers import plain, pointwise, say_altered, weight_and_bias, whole_patches
 from attnkern._select import IMPLS
 from attnkern.ops.attention_gate.checks import GATES, UPSAMPLINGS
 from attnkern.ops.attention_gate.functions import attention_gate
@@ -112,8 +112,8 @@ class AttentionGate(nn.Module):
         spatial_dims: 1 to 3.
 
     The gate is computed by its layers, one by one, where a layer is more than its parameters: with
-    hooks (those of ``weight_norm`` and pruning too), of another class (LoRA, ``nn.GroupNorm``), or as
-    a ``nn.SyncBatchNorm`` that shares its statistics over ranks.
+    hooks (those of ``weight_norm`` and pruning too), of another class (LoRA, ``nn.GroupNorm``), a
+    convolution of other patches, or a ``nn.SyncBatchNorm`` that shares its statistics over ranks.
 
     Source: Oktay et al., Attention U-Net, arXiv:1804.03999.
 
@@ -205,13 +205,15 @@ class AttentionGate(nn.Module):
     def _altered(self) -> nn.Module | None:
         """The layer whose parameters and statistics do not say what it computes."""
         m: Any = self._modules
-        convs = [m["theta"], m["phi"], m["psi"]]
+        convs = [m["phi"], m["psi"]]
         if (out := m.get("W")) is not None:
             if not plain(out, (nn.Sequential,)) or [*out._modules] != ["0", "1"]:
                 return out
             convs.append(out._modules["0"])
+        if not plain(theta := m["theta"], _CONVOLUTIONS) or not whole_patches(theta):
+            return theta
         for conv in convs:
-            if not plain(conv, _CONVOLUTIONS) or not whole_patches(conv):
+            if not plain(conv, _CONVOLUTIONS) or not pointwise(conv):
                 return conv
         for norm in self._norms():
             if norm is not None and not plain(norm, _NORMS):

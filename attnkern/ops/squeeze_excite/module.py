@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from attnkern import _activations, _checks
-from attnkern._layers import plain, say_altered, weight_and_bias
+from attnkern._layers import plain, pointwise, say_altered, weight_and_bias
 from attnkern._select import IMPLS
 from attnkern.ops.squeeze_excite.op import excite, squeeze, squeeze_excite
 from attnkern.ops.squeeze_excite.reference import ACTS, APPLIES, GATES, OUT_ACTS, activation
@@ -46,7 +46,8 @@ class SqueezeExcite(nn.Module):
         spatial_dims: trailing ones of the weights' shape, 1 to 3 (the input may have any).
 
     A layer that is more than its parameters, with hooks (those of ``weight_norm`` and pruning too) or
-    of another class (LoRA, another ``act``), is called: only squeeze and rescale are fused then.
+    of another class (LoRA, another ``act``), or a convolution with padding, stride or groups, is called:
+    only squeeze and rescale are fused then.
 
     Source: Hu et al., Squeeze-and-Excitation Networks, arXiv:1709.01507.
 
@@ -134,10 +135,9 @@ class SqueezeExcite(nn.Module):
     def _altered(self) -> nn.Module | None:
         """The layer whose parameters do not say what it computes."""
         layers: Any = self._modules
-        if not plain(fc1 := layers["fc1"], _LAYERS):
-            return fc1
-        if not plain(fc2 := layers["fc2"], _LAYERS):
-            return fc2
+        for layer in (layers["fc1"], layers["fc2"]):
+            if not plain(layer, _LAYERS) or not pointwise(layer):
+                return layer
         if (act := layers.get("act")) is None:
             return None
         return None if self.options["act"] == "prelu" and plain(act, _PRELU) else act
@@ -154,19 +154,27 @@ class SqueezeExcite(nn.Module):
         o = dict(self.options)
         act, slope = o.pop("act"), o.pop("act_slope")
         m = squeeze(x, impl=o["impl"])
-        h = _called(self.fc1, m.to(x.dtype))
+        h = self._called("fc1", m.to(x.dtype))
         h = activation(h, act, slope) if self.act is None else self.act(h)
-        z = _called(self.fc2, h).flatten(1).to(m.dtype)
+        z = self._one_position("fc2", self._called("fc2", h)).to(m.dtype)
         return excite(x, z, residual=residual, drop_path=drop_path, **o)
+
+    def _called(self, name: str, v: Tensor) -> Tensor:
+        """The layer of v; one with convolutions takes vectors as maps of one position."""
+        layer: Any = self._modules[name]
+        dims = max((p.dim() for p in layer.parameters()), default=v.dim())
+        if v.dim() != dims:
+            v = self._one_position("fc1", v)[(...,) + (None,) * (dims - 2)]
+        return layer(v)
+
+    def _one_position(self, name: str, v: Tensor) -> Tensor:
+        """What a layer has given as vectors: one with padding may give more."""
+        if v.shape[2:].numel() != 1:
+            _checks.fail(type(self).__name__, name, "give one position", list(v.shape))
+        return v.reshape(v.shape[:2])
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
-
-
-def _called(layer: nn.Module, v: Tensor) -> Tensor:
-    """``layer`` of vectors v [B, C, 1...], which a convolution takes as maps of one position."""
-    dims = max((p.dim() for p in layer.parameters()), default=v.dim())
-    return layer(v.reshape(*v.shape[:2], *(1,) * (dims - 2)))
 
 
 def _resolve(
