@@ -1,11 +1,17 @@
 """Every block whose forward the gates' rules replace, small, by name; and how two of them are compared."""
 
+import functools
+import itertools
+import math
+
 import gate_modules as copied
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from attnkern import testing
+from attnkern.functional import attention_gate
 
 
 def monai(dims, *channels, dropout=0.0):
@@ -98,3 +104,37 @@ def close(got, want, tolerance=1e-4):
     for a, b in zip(got, want, strict=True):
         assert a.dtype == b.dtype
         torch.testing.assert_close(a, b, rtol=tolerance, atol=tolerance * steepest)
+
+
+def positions(size, out, dims, axis):
+    """The positions of a map of ``size`` along one dim, as its values, and a grid of ``out`` there."""
+    given, grid = [2] * dims, [3] * dims
+    given[axis], grid[axis] = size, out
+    return torch.arange(math.prod(given)).view(1, 1, *given), tuple(grid)
+
+
+@functools.cache
+def rounded():
+    """Sizes where a nearest position depends on whether their ratio is rounded to float32: 15 up to 64."""
+    found = []
+    for size, out in itertools.product(range(1, 65), repeat=2):
+        n = torch.arange(out)
+        if not torch.equal((n.float() * (size / out)).long(), n * size // out):
+            found.append((size, out))
+    return found
+
+
+def check_nearest(dims, dtype, impl, device="cpu"):
+    """A gate takes, and gives gradients to, the positions that F.interpolate takes."""
+    assert (14, 46) in rounded()
+    for size, out in (*rounded(), (5, 17), (17, 5)):
+        values, grid = positions(size, out, dims, size % dims)
+        values = values.to(device, dtype)
+        g = ((values + 1) / values.numel()).requires_grad_()
+        x, one = torch.zeros(1, 1, *grid, dtype=dtype, device=device), g.new_ones(1, 1)
+        weights = (torch.zeros_like(one), None, one, None, one)
+        options = {"upsample": "nearest", "return_alpha": True, "impl": impl}
+        _, alpha, _ = attention_gate(x, g, *weights, **options)
+        want = g.flatten()[F.interpolate(values, grid, mode="nearest").long()].sigmoid()
+        results = ((y.detach(), *torch.autograd.grad(y.sum(), g)) for y in (alpha, want))
+        torch.testing.assert_close(*results, rtol=1e-5, atol=1e-6, msg=f"{size} to {out}")

@@ -8,6 +8,7 @@ import torch.nn.functional as F
 import triton
 import triton.language as tl
 from conftest import CALLS, calls
+from gate_blocks import check_nearest
 
 from attnkern import testing
 from attnkern._triton import tune
@@ -31,6 +32,11 @@ def test_every_case_within_the_budget(call, kind):
     dtype, weights, last = KINDS[kind]
     tensors = call.case.inputs(dtype, weight_dtype=weights, channels_last=last)
     testing.compare(call.spec, call.case, tensors, impl="triton")
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_gates_take_torchs_nearest_positions(dims):
+    check_nearest(dims, torch.float32, "triton")
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -7,9 +7,11 @@ import itertools
 import pytest
 import torch
 import torch.nn.functional as F
+from gate_blocks import check_nearest, positions
 from torch import nn
 
 from attnkern import _native
+from attnkern._checks import DTYPES
 from attnkern.functional import BatchNorm, attention_gate
 from attnkern.ops.attention_gate import cases, op, reference
 from attnkern.ops.attention_gate.resample import taps
@@ -56,10 +58,34 @@ def test_taps_are_those_of_interpolate(mode, align_corners):
         corners = None if mode == "nearest" else align_corners
         want = F.interpolate(values, out, mode=mode, align_corners=corners)
         index, weight = taps((size,), (out,), mode, align_corners, values.dtype, values.device)
+        index, weight = index[2:], weight[2:]  # past two dims of one position
         got = (values[0, 0, index] * weight).sum(1)
         torch.testing.assert_close(got, want[0, 0], rtol=1e-5, atol=1e-5, msg=f"{size} to {out}")
         assert index.min() >= 0
         assert index.max() < size
+
+
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_every_nearest_position_is_torchs(dims, dtype):
+    """Of 1 to 64 positions to 1 to 64, each dim in turn."""
+    accumulated = torch.promote_types(dtype, torch.float32)
+    for size, out in itertools.product(range(1, 65), repeat=2):
+        axis = (size + out) % dims
+        values, grid = positions(size, out, dims, axis)
+        want = F.interpolate(values.to(dtype), grid, mode="nearest").long()
+        index, weight = taps(values.shape[2:], grid, "nearest", False, accumulated, values.device)
+        of_dims = index[3 - dims :, 0].split(grid)
+        got = values[0, 0][torch.meshgrid(*of_dims, indexing="ij")]
+        assert torch.equal(got, want[0, 0]), f"{size} to {out}"
+        assert torch.equal(weight[:, 0], torch.ones(len(weight), dtype=accumulated))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64], ids=str)
+@pytest.mark.parametrize("dims", [1, 2, 3])
+def test_gates_take_torchs_nearest_positions(dims, dtype, target):
+    if target.serves(dtype):
+        check_nearest(dims, dtype, target.impl, target.device)
 
 
 def test_infinity_in_a_map_at_nearest_positions_spreads_as_eagers_does(target):

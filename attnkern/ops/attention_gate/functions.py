@@ -224,7 +224,7 @@ def _signal(
     g = F.conv1d(g.flatten(2), phi.to(g.dtype).unsqueeze(2)).unflatten(2, given)
     if over_batch is not None:
         g, b = _batch_norm(g, over_batch, b), None
-    where = taps(_three(given), _three(grid), upsample, align_corners, phi.dtype, g.device)
+    where = taps(given, grid, upsample, align_corners, phi.dtype, g.device)
     return _Signal(g, None, b, taps=where[0], tap_weights=where[1])
 
 

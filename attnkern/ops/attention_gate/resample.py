@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 
@@ -16,17 +17,19 @@ def taps(
     dtype: torch.dtype,
     device: torch.device,
 ) -> tuple[Tensor, Tensor]:
-    """For each dim in turn and each wanted position: two given positions and how much of each.
+    """For each of three dims in turn and each wanted position: two given positions and how much of each.
 
-    Returns [sum(wanted), 2] int64, and [sum(wanted), 2] of ``dtype``.
+    Grids of fewer dims have ones before them.  Returns [sum(wanted), 2] int64, and [sum(wanted), 2] of ``dtype``.
     ``mode`` is "nearest" or any of the linear ones.
     """
+    missing, others = (1,) * (3 - len(given)), (1,) * (len(given) - 1)
     index, weight = [], []
-    for size, out in zip(given, wanted, strict=True):
+    for size, out in zip((*missing, *given), (*missing, *wanted), strict=True):
         if mode == "nearest":
-            # float32 throughout, as torch: 7 * (3 / 21) is below 1 there
-            position = torch.arange(out, device=device, dtype=torch.float32)
-            below = (position * (size / out)).floor()
+            # torch's own, whose kernels differ in what they round: position 23 of 14 to 46 is 7 in float64 in 1-D and
+            # 3-D, and 6 in 2-D and in float32, where 14 / 46 is rounded first
+            line = torch.arange(size, device=device, dtype=dtype).view(1, 1, *others, size)
+            below = F.interpolate(line, (*others, out), mode=mode).flatten()
             above, part = below, torch.zeros_like(below)
         else:
             position = torch.arange(out, device=device, dtype=torch.float64)
