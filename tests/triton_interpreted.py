@@ -11,6 +11,7 @@ import functools
 import pytest
 import torch
 from conftest import CALLS, calls
+from triton_kinds import check
 
 from attnkern import _layout, testing
 from attnkern._triton import linear, tune
@@ -20,12 +21,7 @@ from attnkern.ops.squeeze_excite import triton as launchers
 from attnkern.ops.squeeze_excite.cases import case
 
 SPEC = next(call.spec for call in CALLS if call.spec.name == "squeeze_excite")
-KINDS = {
-    "float32-first": (torch.float32, torch.float32, False),
-    "float32-last": (torch.float32, torch.float32, True),
-    "bfloat16-first": (torch.bfloat16, torch.bfloat16, False),
-    "float16-last": (torch.float16, torch.float32, True),
-}
+KINDS = ("float32-first", "float32-last", "bfloat16-first", "float16-last")
 
 
 def launch_by(strategy, monkeypatch):
@@ -50,18 +46,14 @@ def strategy(request, monkeypatch):
 )
 def test_every_case_within_the_budget(call, kind, monkeypatch):
     launch_by("tiles", monkeypatch)
-    dtype, weights, last = KINDS[kind]
-    tensors = call.case.inputs(dtype, weight_dtype=weights, channels_last=last)
-    testing.compare(call.spec, call.case, tensors, impl="triton")
+    check(call, kind)
 
 
 @pytest.mark.parametrize("kind", ["bfloat16-first", "float32-last"])
 @pytest.mark.parametrize("call", [call for call in CALLS if call.spec is SPEC], ids=str)
 def test_every_case_with_a_program_a_sample(call, kind, monkeypatch):
     launch_by("sample", monkeypatch)
-    dtype, weights, last = KINDS[kind]
-    tensors = call.case.inputs(dtype, weight_dtype=weights, channels_last=last)
-    testing.compare(call.spec, call.case, tensors, impl="triton")
+    check(call, kind)
 
 
 @pytest.mark.parametrize("fastest", [512, 1024, 2048, 4096])

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from conftest import CALLS, calls
 from gate_blocks import check_nearest
+from triton_kinds import FEW, check
 
 from attnkern import testing
 from attnkern._triton import tune
@@ -19,19 +20,12 @@ from attnkern.ops.attention_gate.cases import case
 from attnkern.ops.attention_gate.reference import Inputs, Options
 
 GATES = [call for call in CALLS if call.spec.operator == "attention_gate_fwd"]
-KINDS = {
-    "float32-first": (torch.float32, torch.float32, False),
-    "bfloat16-last": (torch.bfloat16, torch.bfloat16, True),
-    "float16-first": (torch.float16, torch.float32, False),
-}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW)
 @pytest.mark.parametrize("call", GATES, ids=str)
 def test_every_case_within_the_budget(call, kind):
-    dtype, weights, last = KINDS[kind]
-    tensors = call.case.inputs(dtype, weight_dtype=weights, channels_last=last)
-    testing.compare(call.spec, call.case, tensors, impl="triton")
+    check(call, kind)
 
 
 @pytest.mark.parametrize("dims", [1, 2, 3])

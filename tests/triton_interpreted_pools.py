@@ -5,6 +5,7 @@ from __future__ import annotations
 import pytest
 import torch
 from conftest import CALLS, calls
+from triton_kinds import FEW, check
 
 from attnkern import testing
 from attnkern._triton import tune
@@ -13,19 +14,12 @@ from attnkern.ops.softmax_pool import op, triton_plan
 from attnkern.ops.softmax_pool.reference import Inputs, Options
 
 POOLS = [call for call in CALLS if call.spec.operator == "softmax_pool_fwd"]
-KINDS = {
-    "float32-first": (torch.float32, torch.float32, False),
-    "bfloat16-last": (torch.bfloat16, torch.bfloat16, True),
-    "float16-first": (torch.float16, torch.float32, False),
-}
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", FEW)
 @pytest.mark.parametrize("call", POOLS, ids=str)
 def test_every_case_within_the_budget(call, kind):
-    dtype, weights, last = KINDS[kind]
-    tensors = call.case.inputs(dtype, weight_dtype=weights, channels_last=last)
-    testing.compare(call.spec, call.case, tensors, impl="triton")
+    check(call, kind)
 
 
 def assert_same_scores(results, index):
