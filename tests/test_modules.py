@@ -1,14 +1,12 @@
 """``attnkern.nn``: timm's arguments, keys, rounding and state dicts; what every module survives."""
 
-import copy
 import functools
-import io
-import pickle
 
 import pytest
 import timm
 import torch
 from altered_layers import ALTERED, Lora, check, check_observed, observe, outcome, replace
+from nn_modules import MODULES, copies, noise
 from timm.layers.squeeze_excite import SEModule
 from torch import nn
 from torch.nn.utils import parametrizations
@@ -148,27 +146,20 @@ def test_every_option_reaches_the_operator(spatial_dims, target):
     torch.testing.assert_close(module(x, residual, drop_path), nn.functional.silu(u))
 
 
-def _copies(module):
-    buffer = io.BytesIO()
-    torch.save(module, buffer)
-    buffer.seek(0)
-    return {
-        "deepcopy": copy.deepcopy(module),
-        "pickle": pickle.loads(pickle.dumps(module)),
-        "save": torch.load(buffer, weights_only=False),
-    }
+@pytest.mark.parametrize(("make", "shapes"), MODULES.values(), ids=MODULES)
+def test_copies_compute_from_their_own_parameters(make, shapes):
+    def filled(net):
+        for parameter in net.parameters():
+            nn.init.constant_(parameter, 0.3)
+        return net(*inputs)
 
-
-def test_copies_compute_the_same_from_their_own_parameters():
-    module = SqueezeExcite(16, act="prelu")
-    x = torch.randn(2, 16, 3, 3)
-    want = module(x)
-    for name, other in _copies(module).items():
-        assert torch.equal(other(x), want), name
-        nn.init.zeros_(other.fc2.weight)
-        nn.init.zeros_(other.fc2.bias)
-        torch.testing.assert_close(other(x), x / 2, msg=name)
-        assert torch.equal(module(x), want), name
+    module, inputs = make().double().eval(), [noise(*shape) for shape in shapes]
+    want, of_filled = module(*inputs), filled(make().double().eval())
+    assert not torch.allclose(of_filled, want)
+    for name, other in copies(module).items():
+        assert torch.equal(other(*inputs), want), name
+        assert torch.equal(filled(other), of_filled), name
+        assert torch.equal(module(*inputs), want), name
 
 
 def test_repr_names_the_options():
@@ -177,8 +168,9 @@ def test_repr_names_the_options():
     assert "gain=2.0" in text
 
 
-def test_optimize_leaves_our_own_module_alone():
-    report = attnkern.optimize(nn.Sequential(SqueezeExcite(16)))
+@pytest.mark.parametrize(("make", "shapes"), MODULES.values(), ids=MODULES)
+def test_optimize_leaves_our_own_modules_alone(make, shapes):
+    report = attnkern.optimize(nn.Sequential(make()))
     assert (report.replaced, report.skipped) == ([], [])
 
 

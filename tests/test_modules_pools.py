@@ -1,19 +1,15 @@
-"""``attnkern.nn``'s pools: other libraries' state dicts, every option and result, copies, errors."""
-
-import copy
-import io
-import pickle
+"""``attnkern.nn``'s pools: other libraries' state dicts, every option and result, altered layers, errors."""
 
 import pool_modules as copied
 import pytest
 import torch
 import torch.nn.functional as F
 from altered_layers import ALTERED, Lora, check, check_observed, observe, replace
+from nn_modules import POOLS, noise, seeded
 from timm.layers import AttentionPoolLatent, GlobalContext
 from torch import nn
 from torch.nn.utils import parametrizations
 
-import attnkern
 from attnkern.nn import (
     AdditiveAttentionPool,
     ContextAttentionPool,
@@ -21,18 +17,6 @@ from attnkern.nn import (
     QueryAttentionPool,
     SoftmaxPool,
 )
-
-
-def seeded(module):
-    torch.manual_seed(0)
-    for parameter in module.parameters():
-        nn.init.normal_(parameter, std=0.4)
-    return module.double()
-
-
-def noise(*shape):
-    return torch.randn(*shape, generator=torch.Generator().manual_seed(1), dtype=torch.float64)
-
 
 LATENT = {
     "default": ({}, {}),
@@ -219,34 +203,6 @@ def test_softmax_pool_has_the_options_of_the_function():
     assert pool(scores, values, return_lse=True)[1].shape == (2, 3)
 
 
-POOLS = {
-    "context": (lambda: ContextAttentionPool(8, 2), ((2, 5, 8),)),
-    "query": (lambda: QueryAttentionPool(8, heads=2, mlp_ratio=1.0), ((2, 5, 8),)),
-    "additive": (lambda: AdditiveAttentionPool(8, 6, 4), ((2, 5, 8), (2, 6))),
-    "gated": (lambda: GatedAttentionPool(8, 4), ((2, 5, 8),)),
-}
-
-
-@pytest.mark.parametrize(("make", "shapes"), POOLS.values(), ids=POOLS)
-def test_copies_compute_from_their_own_parameters(make, shapes):
-    pool = seeded(make())
-    inputs = [noise(*shape) for shape in shapes]
-    want = pool(*inputs)
-    buffer = io.BytesIO()
-    torch.save(pool, buffer)
-    buffer.seek(0)
-    for other in (
-        copy.deepcopy(pool),
-        pickle.loads(pickle.dumps(pool)),
-        torch.load(buffer, weights_only=False),
-    ):
-        assert torch.equal(other(*inputs), want)
-        for parameter in other.parameters():
-            nn.init.constant_(parameter, 0.5)
-        assert not torch.allclose(other(*inputs), want)
-        assert torch.equal(pool(*inputs), want)
-
-
 @pytest.mark.parametrize(("make", "shapes"), POOLS.values(), ids=POOLS)
 def test_modules_run_under_autocast_and_in_low_precision(make, shapes):
     pool = seeded(make()).float()
@@ -256,12 +212,6 @@ def test_modules_run_under_autocast_and_in_low_precision(make, shapes):
     torch.testing.assert_close(low.float(), pool(*inputs), rtol=0.05, atol=0.05)
     half = pool.bfloat16()(*(x.bfloat16() for x in inputs))
     assert half.dtype == low.dtype == torch.bfloat16
-
-
-@pytest.mark.parametrize(("make", "shapes"), POOLS.values(), ids=POOLS)
-def test_optimize_leaves_our_own_modules_alone(make, shapes):
-    report = attnkern.optimize(nn.Sequential(make()))
-    assert (report.replaced, report.skipped) == ([], [])
 
 
 def test_repr_names_sizes_and_options():

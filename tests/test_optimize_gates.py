@@ -1,8 +1,6 @@
 """Drop-in rules of attention gates: budget, dtypes, statistics, survival, calls and hooks."""
 
 import copy
-import io
-import pickle
 import warnings
 
 import gate_modules as copied
@@ -12,6 +10,7 @@ import torch._dynamo
 import torch.distributed as dist
 from conftest import DTYPES, TARGETS
 from gate_blocks import BLOCKS, FEW, block, changed, close, gradients, monai, settle
+from nn_modules import copies
 from test_optimize import traces
 from torch import nn
 from torch.utils.checkpoint import checkpoint
@@ -282,20 +281,13 @@ def test_copies_are_optimized_and_use_their_own_parameters(name, served):
     model, maps = block(name)
     fresh = copy.deepcopy(model)
     attnkern.optimize(model, impl="reference")
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    copies = [
-        copy.deepcopy(model),
-        pickle.loads(pickle.dumps(model)),
-        torch.load(buffer, weights_only=False),
-    ]
-    for net in (*copies, fresh):
+    others = [*copies(model).values()]
+    for net in (*others, fresh):
         settle(net)
         for p in net.parameters():
             p.data += 0.1
     served.clear()
-    for other in copies:
+    for other in others:
         close(gradients(other, maps), gradients(fresh, maps))
     assert len(served) >= 3
     replica = next(m for m in model.modules() if "forward" in vars(m))

@@ -1,8 +1,6 @@
 """Drop-in rules of the pooling heads: budget, reports, survival, inputs, hooks, masks and dropout."""
 
 import copy
-import io
-import pickle
 import warnings
 
 import pool_modules as copied
@@ -10,6 +8,7 @@ import pytest
 import torch
 import torch._dynamo
 from conftest import DTYPES, TARGETS
+from nn_modules import copies
 from pool_heads import HEADS, close, gradients, head
 from test_optimize import traces
 from torch import nn
@@ -161,14 +160,8 @@ def test_copies_are_optimized_and_use_their_own_parameters(name, served):
     model, x = head(name)
     fresh = copy.deepcopy(model)
     attnkern.optimize(model, impl="reference")
-    copies = {"deepcopy": copy.deepcopy(model)}
-    if not name.startswith("torchmil"):  # which only plays the installed class
-        buffer = io.BytesIO()
-        torch.save(model, buffer)
-        buffer.seek(0)
-        copies["pickle"] = pickle.loads(pickle.dumps(model))
-        copies["save"] = torch.load(buffer, weights_only=False)
-    for other in copies.values():
+    played = name.startswith("torchmil")  # the installed class, by one that does not pickle
+    for other in [copy.deepcopy(model)] if played else copies(model).values():
         for p, q in zip(other.parameters(), fresh.parameters(), strict=True):
             nn.init.constant_(p, 0.1)
             nn.init.constant_(q, 0.1)

@@ -1,9 +1,7 @@
 """What optimized models survive: copies, wrappers, tracers, compilers, data parallelism."""
 
 import copy
-import io
 import os
-import pickle
 import warnings
 
 import pytest
@@ -11,6 +9,7 @@ import torch
 import torch._dynamo.utils
 import torch.distributed as dist
 import torch.multiprocessing as mp
+from nn_modules import copies
 from test_optimize import BLOCKS, MODULES, close, image, outcome, seeded
 from timm.layers.squeeze_excite import SEModule
 from torch import nn
@@ -25,16 +24,8 @@ def test_copies_are_optimized_and_use_their_own_parameters(make):
     model = seeded(make).eval()
     attnkern.optimize(model, impl="reference")
     want = outcome(model, image())
-    buffer = io.BytesIO()
-    torch.save(model, buffer)
-    buffer.seek(0)
-    copies = {
-        "deepcopy": copy.deepcopy(model),
-        "pickle": pickle.loads(pickle.dumps(model)),
-        "save": torch.load(buffer, weights_only=False),
-        "replica": model._replicate_for_data_parallel(),
-    }
-    for kind, other in copies.items():
+    replica = model._replicate_for_data_parallel()
+    for kind, other in {**copies(model), "replica": replica}.items():
         # a replica shares its children with the original until they are replicated
         if kind != "replica":
             close(outcome(other, image()), want)
