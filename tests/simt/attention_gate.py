@@ -6,26 +6,16 @@ What register.cpp does for the device: tensors -> the structs of params.h -> the
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
 from typing import Any
 
 import run as simt
 import torch
+from launchers import DTYPES, Launchers
 from torch import Tensor
 
 from attnkern import _layout
 from attnkern.ops.attention_gate import op, reference
 from attnkern.ops.attention_gate.reference import ACTS, TARGETS, Inputs, Options
-
-SOURCES = (
-    "tests/simt/attention_gate.cpp",
-    *(
-        f"csrc/ops/attention_gate/{name}"
-        for name in ("forward.cu", "backward.cu", "statistics.cu", "apply.cu", "plan.cpp")
-    ),
-)
-# the order of the enumerators in csrc
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _struct = simt.struct
 Map = _struct("Map", "data stride_batch:l stride_channel:l stride_position:l")
@@ -67,33 +57,15 @@ Plan = _struct(
 )
 
 
-@dataclass
-class Emulated:
-    """The operators on the emulated device.
-
-    ``force`` are the fields of plan.h's Force; None calls the launchers of params.h, which plan by
-    themselves.  ``plans`` lists what ran.
-    """
-
-    library: ctypes.CDLL
-    device: simt.Device
-    force: dict[str, int] | None = field(default_factory=dict)
-    plans: list[Any] = field(default_factory=list)
-
-    @classmethod
-    def build(cls) -> Emulated:
-        library = simt.build("attention_gate", *SOURCES)
-        for name in ("forward", "backward", "moments", "sums", "apply", "apply_backward"):
-            getattr(library, f"ag_{name}").restype = ctypes.c_char_p
-        mirrors = (
-            *(ForwardParams, BackwardParams, MomentsParams, SumsParams),
-            *(ApplyParams, ApplyBackwardParams, Force, Plan),
-        )
-        sizes = (ctypes.c_size_t * len(mirrors))()
-        library.ag_sizes(sizes)
-        own = [ctypes.sizeof(s) for s in mirrors]
-        assert list(sizes) == own, "the structs here no longer mirror params.h and plan.h"
-        return cls(library, simt.Device(library))
+class Emulated(Launchers):
+    folder = "attention_gate"
+    sources = ("forward.cu", "backward.cu", "statistics.cu", "apply.cu", "plan.cpp")
+    prefix = "ag"
+    names = ("forward", "backward", "moments", "sums", "apply", "apply_backward")
+    mirrors = (
+        *(ForwardParams, BackwardParams, MomentsParams, SumsParams),
+        *(ApplyParams, ApplyBackwardParams, Force, Plan),
+    )
 
     def operators(self) -> tuple[tuple[Any, Any], ...]:
         """Each operator and what serves it here."""
@@ -130,9 +102,9 @@ class Emulated:
         self._fill(p, i, o)
         if d is not None:
             p.d = self._map(d, "d", i.x)
-        p.dq, p.q = self._upload(dq, "dq"), self._upload(q, "q")
+        p.dq, p.q = self.upload(dq, "dq"), self.upload(q, "q")
         p.theta_branch, p.phi_branch = (
-            Branch(*(self._upload(t, "branch") for t in scales[k : k + 3])) for k in (0, 3)
+            Branch(*(self.upload(t, "branch") for t in scales[k : k + 3])) for k in (0, 3)
         )
         need_x, need_g, need_weights = needs
         hidden = i.theta.shape[0] if need_weights else 0
@@ -155,9 +127,9 @@ class Emulated:
         self, x: Tensor, weight: Tensor, k1: int, k2: int, k3: int
     ) -> tuple[Tensor, Tensor]:
         p = MomentsParams()
-        p.dtype, p.x = _DTYPES.index(x.dtype), self._map(x, "x", x)
+        p.dtype, p.x = DTYPES.index(x.dtype), self._map(x, "x", x)
         p.sizes = _sizes(x, x, weight, Options(k1=k1, k2=k2, k3=k3))
-        p.theta = self._upload(weight, "theta")
+        p.theta = self.upload(weight, "theta")
         outputs = {name: weight.new_empty(weight.shape[0]) for name in ("mean", "var")}
         self._call("moments", p, outputs, {}, x)
         return outputs["mean"], outputs["var"]
@@ -166,8 +138,8 @@ class Emulated:
         i, scales, o = Inputs(*rest[:9]), rest[9:11], Options(*rest[11:])
         p = SumsParams()
         self._fill(p, i, o)
-        p.dq = self._upload(dq, "dq")
-        p.theta_scale, p.phi_scale = (self._upload(t, "scale") for t in scales)
+        p.dq = self.upload(dq, "dq")
+        p.theta_scale, p.phi_scale = (self.upload(t, "scale") for t in scales)
         outputs = {name: i.theta.new_empty(i.theta.shape[0]) for name in ("dh", "dht", "dhu")}
         self._call("sums", p, outputs, {}, i.x)
         return tuple(outputs.values())
@@ -187,51 +159,28 @@ class Emulated:
 
     # ---- tensors to device memory and back
 
-    def _upload(self, t: Tensor | None, name: str) -> int | None:
-        return None if t is None or t.numel() == 0 else self.device.upload(t, name)
-
     def _map(self, t: Tensor, name: str, x: Tensor) -> Any:
-        return Map(self._upload(t, name), *_strides(t, x))
+        return Map(self.upload(t, name), *_strides(t, x))
 
     def _fill(self, p: Any, i: Inputs, o: Options) -> None:
-        p.dtype, p.sizes = _DTYPES.index(i.x.dtype), _sizes(i.x, i.g, i.theta, o)
+        p.dtype, p.sizes = DTYPES.index(i.x.dtype), _sizes(i.x, i.g, i.theta, o)
         p.act, p.slope = ACTS.index(o.act), o.act_slope
         p.target, p.apply = TARGETS.index(o.target), o.apply
         p.x, p.g = self._map(i.x, "x", i.x), self._map(i.g, "g", i.x)
         for name, t in zip(i._fields[2:], i[2:], strict=True):
-            setattr(p, name, self._upload(t, name))
+            setattr(p, name, self.upload(t, name))
 
     def _fill_apply(self, p: Any, x: Tensor, alpha: Tensor) -> None:
-        p.dtype = _DTYPES.index(x.dtype)
+        p.dtype = DTYPES.index(x.dtype)
         p.batch, p.channels, p.length = *x.shape[:2], x[:1, 0].numel() if len(x) else 0
-        p.x, p.alpha = self._map(x, "x", x), self._upload(alpha, "alpha")
+        p.x, p.alpha = self._map(x, "x", x), self.upload(alpha, "alpha")
 
     def _call(
         self, name: str, p: Any, small: dict[str, Tensor], maps: dict[str, Tensor], x: Tensor
     ) -> None:
-        outputs = {**small, **maps}
-        addresses = {
-            output: self.device.empty(t.numel() * t.element_size(), output)
-            for output, t in outputs.items()
-            if t.numel()
-        }
-        for output, address in addresses.items():
-            given = Map(address, *_strides(outputs[output], x)) if output in maps else address
-            setattr(p, output, given)
-        launcher = getattr(self.library, f"ag_{name}")
-        if name.startswith("apply"):
-            message = launcher(ctypes.byref(p))
-        else:
-            plan = Plan()
-            force = None if self.force is None else ctypes.byref(Force(**self.force))
-            message = launcher(ctypes.byref(p), force, ctypes.byref(plan))
-            self.plans.append(plan)
-        try:
-            assert message is None, f"attention_gate {name}: {message.decode()}"
-            for output, address in addresses.items():
-                self.device.download(outputs[output], address, output)
-        finally:
-            self.device.release()
+        strided = {output: lambda at, t: Map(at, *_strides(t, x)) for output in maps}
+        planned = () if name.startswith("apply") else self.planned(Force, Plan)
+        self.call(name, p, {**small, **maps}, strided, *planned)
 
 
 def _strides(t: Tensor, x: Tensor) -> tuple[int, int, int]:

@@ -6,22 +6,15 @@ What register.cpp does for the device: tensors -> the structs of params.h -> the
 from __future__ import annotations
 
 import ctypes
-from dataclasses import dataclass, field
 from typing import Any
 
 import run as simt
 import torch
+from launchers import DTYPES, Launchers
 from torch import Tensor
 
 from attnkern.ops.softmax_pool import op
 from attnkern.ops.softmax_pool.reference import ACTS, SCORERS, Inputs, Options, accumulation_dtype
-
-SOURCES = (
-    "tests/simt/softmax_pool.cpp",
-    *(f"csrc/ops/softmax_pool/{name}" for name in ("forward.cu", "backward.cu", "plan.cpp")),
-)
-# the order of the enumerators in csrc
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 
 _struct = simt.struct
 Items = _struct("Items", "data stride_batch:l stride_head:l stride_item:l stride_feature:l")
@@ -52,28 +45,12 @@ Plan = _struct(
 )
 
 
-@dataclass
-class Emulated:
-    """The operator on the emulated device.
-
-    ``force`` are the fields of plan.h's Force; None calls the launchers of params.h, which plan by
-    themselves.  ``plans`` lists what ran.
-    """
-
-    library: ctypes.CDLL
-    device: simt.Device
-    force: dict[str, int] | None = field(default_factory=dict)
-    plans: list[Any] = field(default_factory=list)
-
-    @classmethod
-    def build(cls) -> Emulated:
-        library = simt.build("softmax_pool", *SOURCES)
-        library.sp_forward.restype = library.sp_backward.restype = ctypes.c_char_p
-        sizes = (ctypes.c_size_t * 4)()
-        library.sp_sizes(sizes)
-        mirrors = [ctypes.sizeof(s) for s in (ForwardParams, BackwardParams, Force, Plan)]
-        assert list(sizes) == mirrors, "the structs here no longer mirror params.h and plan.h"
-        return cls(library, simt.Device(library))
+class Emulated(Launchers):
+    folder = "softmax_pool"
+    sources = ("forward.cu", "backward.cu", "plan.cpp")
+    prefix = "sp"
+    names = ("forward", "backward")
+    mirrors = (ForwardParams, BackwardParams, Force, Plan)
 
     def operators(self) -> tuple[tuple[Any, Any], ...]:
         """Each operator and what serves it here."""
@@ -97,7 +74,7 @@ class Emulated:
             "lse": small.new_empty(rows),
             "scores_out": small.new_empty((batch, heads, rows[2], items) if return_scores else 0),
         }
-        self._call("forward", p, outputs)
+        self.call("forward", p, outputs, {}, *self.planned(Force, Plan))
         return tuple(outputs.values())
 
     def backward(
@@ -108,7 +85,7 @@ class Emulated:
         self._fill(p, i, options)
         given = {"dz": dz, "z": z, "dlse": dlse, "dscores": dscores, "lse": lse}
         for name, t in given.items():
-            setattr(p, name, self._upload(t, name))
+            setattr(p, name, self.upload(t, name))
         values, keys, query, weights, logits = needs
         batch, heads, items, _ = i.values.shape
 
@@ -126,25 +103,23 @@ class Emulated:
                 for name in ("V", "b_V", "U", "b_U", "w")
             },
         }
-        self._call("backward", p, outputs)
+        strided = dict.fromkeys(("dvalues", "dkeys"), lambda at, t: Items(at, *t.stride()))
+        self.call("backward", p, outputs, strided, *self.planned(Force, Plan))
         return tuple(outputs.values())
 
     # ---- tensors to device memory and back
-
-    def _upload(self, t: Tensor | None, name: str) -> int | None:
-        return None if t is None or t.numel() == 0 else self.device.upload(t, name)
 
     def _rows(self, t: Tensor | None, name: str) -> Any:
         """The strides of [B, H, M, ...], 0 along axes of size 1."""
         if t is None or t.numel() == 0:
             return Rows()
         strides = (s if n > 1 else 0 for n, s in zip(t.shape[:3], t.stride()[:3], strict=True))
-        return Rows(self._upload(t, name), *strides)
+        return Rows(self.upload(t, name), *strides)
 
     def _fill(self, p: Any, i: Inputs, o: Options) -> None:
         batch, _, queries = op.rows_of(i)
         _, heads, items, features = i.values.shape
-        p.dtype = _DTYPES.index(i.values.dtype)
+        p.dtype = DTYPES.index(i.values.dtype)
         hidden = 0
         if o.scorer == "gated":
             hidden = i.V.shape[0]
@@ -152,31 +127,10 @@ class Emulated:
             hidden = features if i.keys is None else i.keys.shape[3]
         p.sizes = _Sizes(batch, heads, items, queries, features, hidden)
         p.scorer, p.act, p.scale = SCORERS.index(o.scorer), ACTS.index(o.act), o.scale
-        p.values = Items(self._upload(i.values, "values"), *i.values.stride())
+        p.values = Items(self.upload(i.values, "values"), *i.values.stride())
         if i.keys is not None:
-            p.keys = Items(self._upload(i.keys, "keys"), *i.keys.stride())
+            p.keys = Items(self.upload(i.keys, "keys"), *i.keys.stride())
         for name in ("query", "scores", "c", "bias"):
             setattr(p, name, self._rows(getattr(i, name), name))
         for name in ("V", "b_V", "U", "b_U", "w", "offsets"):
-            setattr(p, name, self._upload(getattr(i, name), name))
-
-    def _call(self, direction: str, p: Any, outputs: dict[str, Tensor]) -> None:
-        addresses = {
-            name: self.device.empty(t.numel() * t.element_size(), name)
-            for name, t in outputs.items()
-            if t.numel()
-        }
-        for name, address in addresses.items():
-            items = name in ("dvalues", "dkeys")
-            setattr(p, name, Items(address, *outputs[name].stride()) if items else address)
-        plan = Plan()
-        force = None if self.force is None else ctypes.byref(Force(**self.force))
-        launcher = getattr(self.library, f"sp_{direction}")
-        message = launcher(ctypes.byref(p), force, ctypes.byref(plan))
-        self.plans.append(plan)
-        try:
-            assert message is None, f"softmax_pool {direction}: {message.decode()}"
-            for name, address in addresses.items():
-                self.device.download(outputs[name], address, name)
-        finally:
-            self.device.release()
+            setattr(p, name, self.upload(getattr(i, name), name))

@@ -6,25 +6,19 @@ What register.cpp does for the device: tensors -> the structs of params.h -> the
 from __future__ import annotations
 
 import ctypes
-from collections.abc import Callable
-from dataclasses import dataclass, field
 from typing import Any
 
 import run as simt
 import torch
+from launchers import DTYPES, Launchers
 from torch import Tensor
 
 from attnkern import _layout
 from attnkern.ops.squeeze_excite import op
 from attnkern.ops.squeeze_excite.reference import Options, accumulation_dtype
 
-SOURCES = (
-    "tests/simt/squeeze_excite.cpp",
-    *(f"csrc/ops/squeeze_excite/{name}" for name in ("forward.cu", "backward.cu", "plan.cpp")),
-)
 STRATEGIES = ("resident", "chunked", "streaming", "batched")
 # the order of the enumerators in csrc
-_DTYPES = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 _ACTS = ["identity", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "mish", "prelu"]
 _GATES = ["identity", "sigmoid", "hard_sigmoid", "relu", "tanh"]
 _APPLIES = ["scale", "scale1p", "scale_shift", "shift"]
@@ -54,29 +48,12 @@ BackwardParams = _struct(
 Force = _struct("Force", "strategy:i cluster:i threads:i chunk:l")
 
 
-@dataclass
-class Emulated:
-    """The operator on the emulated device.
-
-    ``force`` are the fields of plan.h's Force; None calls the launchers of params.h, which plan by
-    themselves.  ``plans`` lists what ran.
-    """
-
-    library: ctypes.CDLL
-    device: simt.Device
-    force: dict[str, int] | None = field(default_factory=dict)
-    plans: list[dict[str, int]] = field(default_factory=list)
-
-    @classmethod
-    def build(cls) -> Emulated:
-        library = simt.build("squeeze_excite", *SOURCES)
-        for name in ("forward", "backward", "squeeze", "public_forward", "public_backward"):
-            getattr(library, f"se_{name}").restype = ctypes.c_char_p
-        sizes = (ctypes.c_size_t * 3)()
-        library.se_sizes(sizes)
-        mirrors = [ctypes.sizeof(s) for s in (ForwardParams, BackwardParams, Force)]
-        assert list(sizes) == mirrors, "the structs here no longer mirror params.h and plan.h"
-        return cls(library, simt.Device(library))
+class Emulated(Launchers):
+    folder = "squeeze_excite"
+    sources = ("forward.cu", "backward.cu", "plan.cpp")
+    prefix = "se"
+    names = ("forward", "backward", "squeeze", "public_forward", "public_backward")
+    mirrors = (ForwardParams, BackwardParams, Force)
 
     def operators(self) -> tuple[tuple[Any, Any], ...]:
         """Each operator and what serves it here."""
@@ -112,9 +89,9 @@ class Emulated:
         p = BackwardParams()
         self._fill(p, tensors, options)
         p.dy = self._map(dy, "dy", p.layout)
-        p.dlogits = self._upload(dlogits, "dlogits")
+        p.dlogits = self.upload(dlogits, "dlogits")
         for name, t in zip(("mean", "hidden", "logits", "mask"), saved, strict=True):
-            setattr(p, name, self._upload(t, name))
+            setattr(p, name, self.upload(t, name))
         x, src, w1, b1, w2, b2, act_weight, _, drop_path = tensors
         wanted = {
             "dx": x if need_dx else None,
@@ -145,11 +122,8 @@ class Emulated:
 
     # ---- tensors to device memory and back
 
-    def _upload(self, t: Tensor | None, name: str) -> int | None:
-        return None if t is None or t.numel() == 0 else self.device.upload(t, name)
-
     def _map(self, t: Tensor, name: str, channels_last: int) -> Any:
-        return Map(self._upload(t, name), t.stride(0), self._row(t, channels_last))
+        return Map(self.upload(t, name), t.stride(0), self._row(t, channels_last))
 
     @staticmethod
     def _row(t: Tensor, channels_last: int) -> int:
@@ -162,8 +136,8 @@ class Emulated:
         x, src, w1, b1, w2, b2, act_weight, residual, drop_path = tensors
         assert x is not None
         channels = x.shape[1]
-        p.dtype = _DTYPES.index(x.dtype)
-        p.weight_dtype = _DTYPES.index(accumulation_dtype(x.dtype) if w1 is None else w1.dtype)
+        p.dtype = DTYPES.index(x.dtype)
+        p.weight_dtype = DTYPES.index(accumulation_dtype(x.dtype) if w1 is None else w1.dtype)
         p.layout = int(_layout.is_channels_last(x))
         width = 2 * channels if o.apply == "scale_shift" else channels
         hidden = w1.shape[0] if w1 is not None and w2 is not None else 0
@@ -178,33 +152,20 @@ class Emulated:
         p.act_weight_stride = int(act_weight is not None and act_weight.numel() > 1)
         small = {"src": src, "w1": w1, "b1": b1, "w2": w2, "b2": b2}
         for name, t in {**small, "act_weight": act_weight, "drop_path": drop_path}.items():
-            setattr(p, name, self._upload(t, name))
+            setattr(p, name, self.upload(t, name))
 
     def _call(self, direction: str, p: Any, outputs: dict[str, Tensor]) -> None:
-        addresses = {
-            name: self.device.empty(t.numel() * t.element_size(), name)
-            for name, t in outputs.items()
-            if t.numel()
-        }
-        for name, address in addresses.items():
-            t = outputs[name]
-            is_map = name in ("y", "dx", "dresidual")
-            place = Map(address, t.stride(0), self._row(t, p.layout)) if is_map else address
-            setattr(p, name, place)
-        plan = (ctypes.c_int64 * 6)()
+        strided = dict.fromkeys(
+            ("y", "dx", "dresidual"),
+            lambda at, t: Map(at, t.stride(0), self._row(t, p.layout)),
+        )
         if direction == "squeeze":
-            message = self.library.se_squeeze(ctypes.byref(p))
+            self.call("squeeze", p, outputs, strided)
         elif self.force is None:
-            message = getattr(self.library, f"se_public_{direction}")(ctypes.byref(p))
+            self.call(f"public_{direction}", p, outputs, strided)
         else:
             force = Force(**{"strategy": -1, **self.force})
-            launcher: Callable[..., Any] = getattr(self.library, f"se_{direction}")
-            message = launcher(ctypes.byref(p), ctypes.byref(force), plan)
+            plan = (ctypes.c_int64 * 6)()
+            self.call(direction, p, outputs, strided, ctypes.byref(force), plan)
             names = ("strategy", "cluster", "threads", "vector", "pieces", "grid")
             self.plans.append(dict(zip(names, plan, strict=True)))
-        try:
-            assert message is None, f"squeeze_excite {direction}: {message.decode()}"
-            for name, address in addresses.items():
-                self.device.download(outputs[name], address, name)
-        finally:
-            self.device.release()
