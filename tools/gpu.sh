@@ -8,7 +8,7 @@ cd "$(dirname "$0")/.."
 python=${PYTHON:-python3}
 limit=540
 benches=12  # subjects of two families, each with two torch.compile columns
-emulated="tests/test_simt.py tests/test_triton_interpret.py tests/test_triton_aot.py tests/test_runs.py"  # minutes without a GPU
+emulated="tests/test_simt*.py tests/test_triton_interpret.py tests/test_triton_aot.py tests/test_runs*.py"  # minutes, and no GPU
 stop() { echo "attnkern: $*" >&2; exit 1; }
 
 gpu=$("$python" - <<'P'

@@ -17,7 +17,6 @@ from attnkern import _layout
 from attnkern.ops.squeeze_excite import op
 from attnkern.ops.squeeze_excite.reference import Options, accumulation_dtype
 
-STRATEGIES = ("resident", "chunked", "streaming", "batched")
 # the order of the enumerators in csrc
 _ACTS = ["identity", "relu", "relu6", "leaky_relu", "silu", "hardswish", "gelu", "mish", "prelu"]
 _GATES = ["identity", "sigmoid", "hard_sigmoid", "relu", "tanh"]
