@@ -166,7 +166,7 @@ def test_pool_backward_equals_autograd_of_forward(scorer, act):
         want = dict(
             zip(names, torch.autograd.grad((z, lse, e), leaves, (dz, dlse, dscores)), strict=True)
         )
-        got = pool_reference.backward(dz, dlse, dscores, i, lse, o)._asdict()
+        got = pool_reference.backward(dz, dlse, dscores, i, o)._asdict()
         dl = got.pop("logits")
         if scorer == "given":
             got["scores"] = o.scale * dl + dscores

@@ -1,6 +1,7 @@
 """Softmax pooling's CUDA kernels on the emulator: every case in pieces, outputs and gradients."""
 
 import pytest
+import saturated
 import torch
 from conftest import CALLS, calls
 from emulation import DTYPES, check_schedules, emulated, needs_compiler
@@ -30,6 +31,18 @@ def test_every_pool_in_pieces(pool, call, pieces, channels_last):
     pool.force = {"pieces": pieces, "tile": 16 * (index // 3 % 2)}
     tensors = call.case.inputs(dtype, channels_last=channels_last)
     testing.compare(call.spec, call.case, tensors, impl="native")
+
+
+@pytest.mark.parametrize("pieces", [1, 3])
+@pytest.mark.parametrize("call", saturated.CALLS, ids=str)
+def test_pools_near_saturation(pool, call, pieces):
+    """The pool of the rest in pieces, too; types, weights and what is returned turn with the case."""
+    index = saturated.CALLS.index(call) + pieces // 2
+    pool.device.configure(seed=index)
+    pool.force = {"pieces": pieces, "tile": 16 * (index // 2 % 2)}
+    dtype = (torch.float32, torch.float32, torch.bfloat16)[index % 3]
+    returns = (saturated.ALL, ())[index // 3 % 2]
+    saturated.compare_all(call, dtype, first=pieces, step=5, returns=returns, impl="native")
 
 
 @pytest.mark.parametrize("call", calls(*CHOSEN), ids=str)

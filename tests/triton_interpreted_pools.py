@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import pytest
+import saturated
 import torch
 from conftest import CALLS, calls
 from triton_kinds import FEW, check
@@ -20,6 +21,16 @@ POOLS = [call for call in CALLS if call.spec.operator == "softmax_pool_fwd"]
 @pytest.mark.parametrize("call", POOLS, ids=str)
 def test_every_case_within_the_budget(call, kind):
     check(call, kind)
+
+
+@pytest.mark.parametrize("call", saturated.CALLS, ids=str)
+def test_near_saturation(call, monkeypatch):
+    """The pool of the rest in splits, too; types, weights and what is returned turn with the case."""
+    index = saturated.CALLS.index(call)
+    monkeypatch.setattr(triton_plan, "splits", lambda *_: 1 + index % 2)
+    dtype = (torch.float32, torch.float32, torch.bfloat16)[index % 3]
+    returns = (saturated.ALL, ())[index // 3 % 2]
+    saturated.compare_all(call, dtype, step=5, returns=returns, impl="triton")
 
 
 def assert_same_scores(results, index):
@@ -185,10 +196,10 @@ def test_only_what_is_needed_is_written():
     """Outputs have the shapes of the fakes, whatever gradients are asked for."""
     x, q = torch.randn(2, 1, 9, 5), torch.randn(1, 1, 3, 5)
     i, o = Inputs(x, query=q), Options("dot")
-    z, lse, _ = torch.ops.attnkern.softmax_pool_fwd.triton(*i, *o, False)
+    z, lse, top, _ = torch.ops.attnkern.softmax_pool_fwd.triton(*i, *o, False)
     for needs in range(32):
         flags = [bool(needs >> bit & 1) for bit in range(5)]
-        arguments = (torch.randn_like(z), z, lse, None, *i, lse, *o, *flags)
+        arguments = (torch.randn_like(z), z, lse, None, *i, top, *o, *flags)
         got = torch.ops.attnkern.softmax_pool_bwd.triton(*arguments)
         assert len({g.untyped_storage()._cdata for g in got}) == len(got), "no two are one"
         for g, fake in zip(got, op._bwd_fake(*arguments), strict=True):

@@ -6,6 +6,7 @@ import functools
 import itertools
 
 import pytest
+import saturated
 import torch
 import torch.nn.functional as F
 
@@ -280,32 +281,34 @@ SATURATED = {
 }  # fmt: skip
 
 
-def _skip_on_a_gpu(target):
-    if target.impl == "triton" or target.device != "cpu":
-        pytest.skip("its sums of dz . z and dz . v round otherwise (README of softmax_pool)")
-
-
 @pytest.mark.parametrize("name", SATURATED)
 def test_gradients_of_a_saturated_softmax(name, target):
     """One weight is 1: dp and the sum of p dp leave nothing, or a rounding of dp, but none of |dz| |z|."""
-    _skip_on_a_gpu(target)
     tensors, options = SATURATED[name]()
+    tensors = {key: t.to(target.device) for key, t in tensors.items()}
     case = testing.Case("", {}, options)
     testing.compare(_spec(name.split()[0]), case, tensors, impl=target.impl)
+
+
+@pytest.mark.parametrize("returns", [(), saturated.ALL], ids=["z", "all"])
+@pytest.mark.parametrize("call", saturated.CALLS, ids=str)
+def test_gradients_of_a_softmax_near_saturation(call, returns, target, dtype):
+    """Weights of a half to 1 - 1e-12, every output and gradient."""
+    options = {"returns": returns, "device": target.device, "impl": target.impl}
+    saturated.compare_all(call, dtype, step=4, **options)
 
 
 @pytest.mark.parametrize("create_graph", [False, True])
 @pytest.mark.parametrize("channels_first", [False, True])
 @pytest.mark.parametrize("items", [1, 40, 70_001])
 def test_a_weight_of_one_has_no_gradient(items, channels_first, create_graph, target, dtype):
-    _skip_on_a_gpu(target)
     values = r(2, 19, items) if channels_first else r(2, items, 19)
-    values = values.to(dtype).requires_grad_()
-    scores = torch.zeros(2, 3, items)
+    values = values.to(target.device, dtype).requires_grad_()
+    scores = torch.zeros(2, 3, items, device=target.device)
     scores[..., items // 2] = 1e3
     scores.requires_grad_()
     z = softmax_pool(scores, values, channels_first=channels_first, impl=target.impl)
-    (grad,) = torch.autograd.grad(z, scores, r(z.shape).to(dtype), create_graph=create_graph)
+    (grad,) = torch.autograd.grad(z, scores, r(z.shape).to(z), create_graph=create_graph)
     assert not grad.any()
 
 

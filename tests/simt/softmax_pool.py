@@ -28,10 +28,10 @@ _Inputs = _struct(
     t=Items,
     r=Rows,
 )
-ForwardParams = _struct("ForwardParams", "z lse scores_out workspace", _Inputs)
+ForwardParams = _struct("ForwardParams", "z lse top scores_out whole peaks workspace", _Inputs)
 BackwardParams = _struct(
     "BackwardParams",
-    "dz z dlse dscores lse dvalues:t dkeys:t dquery dlogits dV db_V dU db_U dw workspace",
+    "dz z dlse dscores top dvalues:t dkeys:t dquery dlogits dV db_V dU db_U dw workspace",
     _Inputs,
     t=Items,
 )
@@ -40,8 +40,9 @@ Plan = _struct(
     "Plan",
     "threads:i product:b held:b stages:i tile:i value_width:i key_width:i block_queries:i "
     "padded_queries:i query_blocks:i length:l pieces:l units:l block_units:l "
-    "slots:l chunk_units:l splits:i grid:l shared_bytes:i blocks_per_sm:i",
+    "slots:l chunk_units:l splits:i grid:l shared_bytes:i blocks_per_sm:i force:f",
     b=ctypes.c_bool,
+    f=Force,
 )
 
 
@@ -72,6 +73,7 @@ class Emulated(Launchers):
         outputs = {
             "z": i.values.new_empty(*rows, features, dtype=torch.float32),
             "lse": small.new_empty(rows),
+            "top": small.new_empty(2, *rows),
             "scores_out": small.new_empty((batch, heads, rows[2], items) if return_scores else 0),
         }
         self.call("forward", p, outputs, {}, *self.planned(Force, Plan))
@@ -80,10 +82,10 @@ class Emulated(Launchers):
     def backward(
         self, dz: Tensor, z: Tensor, dlse: Tensor | None, dscores: Tensor | None, *rest: Any
     ) -> tuple[Tensor, ...]:
-        i, lse, options, needs = Inputs(*rest[:12]), rest[12], Options(*rest[13:16]), rest[16:]
+        i, top, options, needs = Inputs(*rest[:12]), rest[12], Options(*rest[13:16]), rest[16:]
         p = BackwardParams()
         self._fill(p, i, options)
-        given = {"dz": dz, "z": z, "dlse": dlse, "dscores": dscores, "lse": lse}
+        given = {"dz": dz, "z": z, "dlse": dlse, "dscores": dscores, "top": top}
         for name, t in given.items():
             setattr(p, name, self.upload(t, name))
         values, keys, query, weights, logits = needs
@@ -97,9 +99,9 @@ class Emulated(Launchers):
             "dvalues": like(i.values, values),
             "dkeys": like(i.keys, keys),
             "dquery": like(i.query, query),
-            "dlogits": lse.new_empty((batch, heads, dz.shape[2], items) if logits else 0),
+            "dlogits": top.new_empty((batch, heads, dz.shape[2], items) if logits else 0),
             **{
-                f"d{name}": like(getattr(i, name), weights, lse.dtype)
+                f"d{name}": like(getattr(i, name), weights, top.dtype)
                 for name in ("V", "b_V", "U", "b_U", "w")
             },
         }

@@ -57,7 +57,7 @@ def run(
     o = Options(scorer, act, 1.0 / common.temperature)
     want_scores = common.return_weights or common.return_scores
     z, lse, e = pool(op, common.impl, i, o, want_scores)
-    weights = reference.weights_of(e, lse, i, o) if common.return_weights else None
+    weights = reference.weights_of(e, i, o) if common.return_weights else None
     scores = e if common.return_scores else None
     if not shared:
         return z, weights, scores, lse

@@ -209,7 +209,7 @@ def call(
         arguments["mask"] = _mask(keep, (x.shape[0], *rows), x.device)
     if function is gated_attention_pool:
         arguments = {**dict.fromkeys(("b_V", "U", "b_U")), **arguments}
-    elif function is not context_attention_pool and "logit_bias" in arguments:
+    if function is not context_attention_pool and "logit_bias" in arguments:
         arguments["bias"] = arguments.pop("logit_bias")
     return function(**arguments, **{f"return_{name}": True for name in returns})
 

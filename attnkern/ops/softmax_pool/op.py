@@ -27,19 +27,20 @@ def rows_of(i: Inputs) -> tuple[int, int, int]:
     return batch, i.values.shape[1], queries
 
 
-def _fwd_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _fwd_fake(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *tensors, _scorer, _act, _scale, return_scores = arguments
     i = Inputs(*tensors)
     rows, (batch, heads, items, features) = rows_of(i), i.values.shape
     small = i.values.new_empty(rows, dtype=accumulation_dtype(i.values.dtype))
     scores = (batch, heads, rows[2], items) if return_scores else 0
-    return small.new_empty(*rows, features), small, small.new_empty(scores)
+    z = small.new_empty(*rows, features)
+    return z, small, small.new_empty(2, *rows), small.new_empty(scores)
 
 
 def _bwd_fake(
     dz: Tensor, z: Tensor, dlse: Tensor | None, dscores: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    *tensors, lse, _scorer, _act, _scale = arguments[:16]
+    *tensors, top, _scorer, _act, _scale = arguments[:16]
     need_values, need_keys, need_query, need_weights, need_logits = arguments[16:]
     i = Inputs(*tensors)
     batch, heads, items, _ = i.values.shape
@@ -51,13 +52,13 @@ def _bwd_fake(
         return torch.empty_like(t) if t is not None and needed else nothing()
 
     def accumulated(t: Tensor | None, needed: bool) -> Tensor:
-        return t.new_empty(t.shape, dtype=lse.dtype) if t is not None and needed else nothing()
+        return t.new_empty(t.shape, dtype=top.dtype) if t is not None and needed else nothing()
 
     return (
         like(i.values, need_values),
         like(i.keys, need_keys),
         accumulated(i.query, need_query),
-        lse.new_empty(batch, heads, dz.shape[2], items) if need_logits else nothing(),
+        top.new_empty(batch, heads, dz.shape[2], items) if need_logits else nothing(),
         *(accumulated(t, need_weights) for t in (i.V, i.b_V, i.U, i.b_U, i.w)),
     )
 
@@ -70,12 +71,13 @@ _OPTIONS = "str scorer, str act, float scale"
 
 softmax_pool_fwd = _library.define(
     "softmax_pool_fwd",
-    f"({_TENSORS}, {_OPTIONS}, bool return_scores) -> (Tensor z, Tensor lse, Tensor scores)",
+    f"({_TENSORS}, {_OPTIONS}, bool return_scores)"
+    " -> (Tensor z, Tensor lse, Tensor top, Tensor scores)",
     _fwd_fake,
 )
 softmax_pool_bwd = _library.define(
     "softmax_pool_bwd",
-    f"(Tensor dz, Tensor z, Tensor? dlse, Tensor? dscores, {_TENSORS}, Tensor lse, {_OPTIONS}, "
+    f"(Tensor dz, Tensor z, Tensor? dlse, Tensor? dscores, {_TENSORS}, Tensor top, {_OPTIONS}, "
     "bool need_values, bool need_keys, bool need_query, bool need_weights, bool need_logits)"
     " -> (Tensor dvalues, Tensor dkeys, Tensor dquery, Tensor dlogits, "
     "Tensor dV, Tensor db_V, Tensor dU, Tensor db_U, Tensor dw)",
@@ -86,14 +88,19 @@ softmax_pool_bwd = _library.define(
 
 
 class _Pool(torch.autograd.Function):
-    """Saves its inputs, z and lse: nothing of the size of the items but what it was given."""
+    """Saves its inputs, z and top: nothing of the size of the items but what it was given.
+
+    ``top`` [2, B, H, M] is each row's largest logit and the weight of that item; 0 and 0 for a row
+    without weights.  The weights are exp(l - largest) times that one: exp(l - lse) has the rounding
+    of lse, and a row whose largest weight is nearly 1 is known by it.
+    """
 
     @staticmethod
     def forward(ctx: Any, impl: str, options: Options, return_scores: bool, *tensors: Any) -> Any:
         i = Inputs(*tensors)
-        z, lse, scores = softmax_pool_fwd[impl](*_typed(i), *options, return_scores)
+        z, lse, top, scores = softmax_pool_fwd[impl](*_typed(i), *options, return_scores)
         ctx.impl, ctx.options, ctx.return_scores = impl, options, return_scores
-        ctx.save_for_backward(*i, z, lse)
+        ctx.save_for_backward(*i, z, top)
         ctx.set_materialize_grads(False)
         return z, lse, scores
 
@@ -101,7 +108,7 @@ class _Pool(torch.autograd.Function):
     def backward(
         ctx: Any, dz: Tensor | None, dlse: Tensor | None, dscores: Tensor | None
     ) -> tuple[Any, ...]:
-        *tensors, z, lse = ctx.saved_tensors
+        *tensors, z, top = ctx.saved_tensors
         i, options, needs = Inputs(*tensors), ctx.options, Inputs(*ctx.needs_input_grad[3:])
         if not ctx.return_scores:
             dscores = None  # which torch.compile gives all the same, empty
@@ -111,14 +118,14 @@ class _Pool(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             # create_graph=True: the same formulas in differentiable PyTorch, for double backward
             with _autocast.full_precision(i.values):
-                grads = reference.backward(dz, dlse, dscores, i, lse, options)
+                grads = reference.backward(dz, dlse, dscores, i, options)
         else:
             dlse = None if dlse is None else dlse.contiguous()
             dscores = None if dscores is None else dscores.contiguous()
             need_logits = bool(needs.scores or needs.bias)
             grads = reference.Gradients(
                 *softmax_pool_bwd[ctx.impl](
-                    *(dz, z, dlse, dscores, *_typed(i), lse, *options),
+                    *(dz, z, dlse, dscores, *_typed(i), top, *options),
                     *(bool(needs.values), bool(needs.keys), bool(needs.query)),
                     *(any(needs[4:9]), need_logits),
                 )
@@ -131,7 +138,7 @@ class _Pool(torch.autograd.Function):
             )
         if needs.c:
             assert i.c is not None
-            by_input["c"] = _row_sum(dz, z, dlse, dscores, lse, i, options)
+            by_input["c"] = _row_sum(dz, z, dlse, dscores, top, i, options)
         if needs.bias:
             assert i.bias is not None
             by_input["bias"] = dl.sum_to_size(i.bias.shape)
@@ -147,16 +154,16 @@ def _row_sum(
     z: Tensor,
     dlse: Tensor | None,
     dscores: Tensor | None,
-    lse: Tensor,
+    top: Tensor,
     i: Inputs,
     o: Options,
 ) -> Tensor:
     """dc: the sum of de over the items.  That of dl is the gradient of lse: a softmax moves no mass."""
     assert i.c is not None
-    product = (dz.to(lse.dtype) * z).sum(3)
+    product = (dz.to(top.dtype) * z).sum(3)
     row = product - product  # 0, or NaN where a result or its gradient is not finite
     if dlse is not None:
-        row = row + torch.where(lse == float("-inf"), 0.0, dlse)
+        row = row + torch.where(top[1] == 0, 0.0, dlse)
     row = o.scale * row
     if dscores is not None:
         row = row + reference.bag_sum(dscores, i)
@@ -190,7 +197,8 @@ def pool(
     i = Inputs(values, keys, query, scores, V, b_V, U, b_U, w, c, bias, offsets)
     if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in i):
         return _Pool.apply(impl, options, return_scores, *i)
-    return softmax_pool_fwd[impl](*_typed(i), *options, return_scores)
+    z, lse, _, scores = softmax_pool_fwd[impl](*_typed(i), *options, return_scores)
+    return z, lse, scores
 
 
 def _as(dtype: torch.dtype, t: Tensor | None) -> Tensor | None:

@@ -32,6 +32,11 @@ from torch import Tensor
 
 SCORERS = ("given", "dot", "additive", "gated")
 ACTS = ("tanh", "relu", "gelu")
+PEAKED = 0.625  # a row whose largest weight is above this has a peak, whose gradient needs care:
+PEAK = 0.5  # its item of a weight above this; csrc/ops/softmax_pool/params.h says why
+ALONE = (
+    2.0**-54
+)  # the weight of all others below which that of one is 1 in float64, and no gradient left
 
 
 class Options(NamedTuple):
@@ -122,18 +127,24 @@ def sum_to(t: Tensor, like: Tensor, i: Inputs) -> Tensor:
 
 
 def bag_sum(t: Tensor, i: Inputs) -> Tensor:
-    """Sum over the items of each bag: [1, H, M, N] -> [B, H, M]; [B, H, M, N] -> [B, H, M]."""
+    """Sum over the items of each bag: [1, H, M, N] -> [B, H, M]; [B, H, M, N] -> [B, H, M].
+
+    Bags are summed one item after another, so in float64, and on a GPU too in the same order each time.
+    """
     if i.offsets is None:
         return t.sum(3)
-    bags = torch.zeros(len(i.offsets) - 1, *t.shape[1:3], dtype=t.dtype, device=t.device)
-    return bags.index_add(0, bag_of(i.offsets, t.shape[3]), t[0].movedim(2, 0))
+    bags = t.new_zeros(len(i.offsets) - 1, *t.shape[1:3], dtype=torch.float64)
+    items = t[0].movedim(2, 0).double()
+    return bags.index_put((bag_of(i.offsets, t.shape[3]),), items, accumulate=True).to(t.dtype)
 
 
 def of_row(t: Tensor, i: Inputs) -> Tensor:
-    """t [B, H, M] beside the logits: [B, H, M, 1], or of each item's bag [1, H, M, N]."""
+    """t [B, H, M] beside the logits: [B, H, M, 1], or of each item's bag [1, H, M, N]; the adjoint of `bag_sum`."""
     if i.offsets is None:
         return t.unsqueeze(3)
-    return t[bag_of(i.offsets, i.values.shape[2])].movedim(0, 2).unsqueeze(0)
+    exact = t.double() if t.is_floating_point() else t  # so that its gradient is summed in float64
+    rows = exact[bag_of(i.offsets, i.values.shape[2])].to(t.dtype)
+    return rows.movedim(0, 2).unsqueeze(0)
 
 
 # ------------------------------------------------------------------ forward
@@ -181,37 +192,88 @@ def logits_of(e: Tensor, i: Inputs, o: Options) -> Tensor:
     return torch.where(i.bias == float("-inf"), i.bias, logits + i.bias)
 
 
-def log_sum_exp(logits: Tensor, i: Inputs) -> Tensor:
-    """[B, H, M]; -inf for a row without items, or all of whose logits are -inf."""
-    largest = largest_of(logits.detach(), i)
-    largest = torch.where(largest == float("-inf"), 0.0, largest)
-    total = bag_sum(torch.exp(logits - of_row(largest, i)), i)
+class Softmax(NamedTuple):
+    """Of logits: p [B, H, M, N], lse [B, H, M], and of each row its peak and whether that is alone.
+
+    The peak is the item of a weight above PEAKED, -1 where there is none; alone it is where all others
+    weigh less than ALONE.
+    """
+
+    p: Tensor
+    lse: Tensor
+    peak: Tensor
+    alone: Tensor
+
+
+def softmax(logits: Tensor, i: Inputs) -> Softmax:
+    """p = 0 and lse = -inf for a row without items, or all of whose logits are -inf.
+
+    p is exp(l - largest) over its own sum: lse is rounded, to 1e-6 at 16, and exp(l - lse) would have
+    that error.  A peak's gradient is what those of the others leave, for its own would be the rounding
+    of two terms that are nearly the same.
+    """
+    fixed = logits.detach()
+    top = largest_item(fixed, i)
+    largest = at_item(fixed, top, i)
+    real = largest > float("-inf")
+    items = torch.arange(logits.shape[3], device=logits.device)
+    base = torch.where(largest == float("-inf"), 0.0, largest)
+    others = torch.where(items == of_row(top, i), 0.0, torch.exp(fixed - of_row(base, i)))
+    rest = bag_sum(others, i)
+    peak = torch.where(real & (PEAKED * (1 + rest) < 1), top, -1)
+    alone = (peak >= 0) & (rest < ALONE)
+    largest = torch.where(peak < 0, base, at_item(logits, peak, i))
+    base = torch.where(alone, base, largest)
+    masked = logits == float("-inf")
+    itself = items == of_row(peak, i)
+    less = torch.where(masked | itself, 0.0, logits - of_row(base, i))
+    p = torch.where(masked, 0.0, torch.exp(less))
+    total = bag_sum(p, i)
     empty = total == 0
-    return torch.where(empty, float("-inf"), torch.where(empty, 1.0, total).log() + largest)
+    total = torch.where(empty, 1.0, total)
+    lse = torch.where(empty, float("-inf"), total.log() + largest)
+    return Softmax(p / of_row(total, i), lse, peak, alone)
 
 
-def largest_of(logits: Tensor, i: Inputs) -> Tensor:
+def largest_item(logits: Tensor, i: Inputs) -> Tensor:
+    """The item of each row's largest logit, the first of several, [B, H, M]; 0 for a row without items."""
     if i.offsets is None:
         if logits.shape[3] == 0:
-            return logits.new_full(logits.shape[:3], float("-inf"))
-        return logits.amax(3)
-    bags = logits.new_full((len(i.offsets) - 1, *logits.shape[1:3]), float("-inf"))
-    index = bag_of(i.offsets, logits.shape[3])[:, None, None].expand(-1, *logits.shape[1:3])
-    return bags.scatter_reduce(0, index, logits[0].movedim(2, 0), "amax")
+            return logits.new_zeros(logits.shape[:3], dtype=torch.int64)
+        return logits.argmax(3)
+    rows = (len(i.offsets) - 1, *logits.shape[1:3])
+    index = bag_of(i.offsets, logits.shape[3])[:, None, None].expand(-1, *rows[1:])
+    largest = logits.new_full(rows, float("-inf"))
+    largest = largest.scatter_reduce(0, index, logits[0].movedim(2, 0), "amax")
+    items = torch.arange(logits.shape[3], device=logits.device).expand(logits.shape)
+    beyond = logits.shape[3]
+    items = torch.where(logits == of_row(largest, i), items, beyond)[0].movedim(2, 0)
+    first = items.new_full(rows, beyond).scatter_reduce(0, index, items, "amin")
+    return torch.where(first == beyond, 0, first)
 
 
-def weights_of(e: Tensor, lse: Tensor, i: Inputs, o: Options) -> Tensor:
-    """p = exp(l - lse), [B, H, M, N]; 0 where the row's lse is -inf, and where masked."""
-    logits, row = logits_of(e, i, o), of_row(lse, i)
-    none = (row == float("-inf")) | (logits == float("-inf")) & ~row.isnan()
-    return torch.where(none, 0.0, torch.exp(torch.where(none, 0.0, logits - row)))
+def at_item(t: Tensor, item: Tensor, i: Inputs) -> Tensor:
+    """t [B, H, M, N] at one item of each row, [B, H, M]; 0 where there is none."""
+    if t.shape[3] == 0:
+        return t.new_zeros(item.shape)
+    real = item.clamp(min=0)
+    if i.offsets is None:
+        found = t.gather(3, real.unsqueeze(3)).squeeze(3)
+    else:
+        found = t[0].gather(2, real.movedim(0, 2)).movedim(2, 0)
+    return torch.where(item < 0, 0.0, found)
+
+
+def weights_of(e: Tensor, i: Inputs, o: Options) -> Tensor:
+    """The weights of raw scores, [B, H, M, N]; 0 where masked, and in a row without a logit above -inf."""
+    return softmax(logits_of(e, i, o), i).p
 
 
 def forward(i: Inputs, o: Options) -> tuple[Tensor, Tensor, Tensor]:
     """z [B, H, M, D], lse [B, H, M] and raw scores e [B, H, M, N]."""
     e = raw_scores(i, o)
-    lse = log_sum_exp(logits_of(e, i, o), i)
-    z = weighted_sum(weights_of(e, lse, i, o), i)
+    p, lse, *_ = softmax(logits_of(e, i, o), i)
+    z = weighted_sum(p, i)
     z = torch.where((lse == float("-inf")).unsqueeze(3), 0.0, z)  # whatever the values
     return z, lse, e
 
@@ -230,7 +292,7 @@ def weighted_sum(p: Tensor, i: Inputs) -> Tensor:
 
 
 def backward(
-    dz: Tensor, dlse: Tensor | None, dscores: Tensor | None, i: Inputs, lse: Tensor, o: Options
+    dz: Tensor, dlse: Tensor | None, dscores: Tensor | None, i: Inputs, o: Options
 ) -> Gradients:
     """Gradients of every input.
 
@@ -247,14 +309,15 @@ def backward(
     acc = accumulation_dtype(i.values.dtype)
     v, dz = i.values.to(acc), dz.to(acc)
     e = raw_scores(i, o)
-    p = weights_of(e, lse, i, o)
+    p, _, peak, alone = softmax(logits_of(e, i, o), i)
     if i.offsets is None:
         dp = dz @ v.transpose(2, 3)
         dv = p.transpose(2, 3) @ dz
     else:
         dp = (by_item(dz, i) * v.unsqueeze(3)).sum(4).transpose(2, 3)
         dv = (p.transpose(2, 3).unsqueeze(4) * by_item(dz, i)).sum(3)
-    delta = bag_sum(p * dp, i)  # not dz . z, which rounds otherwise: a p of 1 then leaves 0
+    dp = dp - of_row(at_item(dp, peak, i), i)  # which is 0 of the peak, and leaves dl as it is
+    delta = torch.where(alone, 0.0, bag_sum(p * dp, i))
     dl = p * (dp - of_row(delta if dlse is None else delta - dlse, i))
     de = o.scale * dl
     if dscores is not None:

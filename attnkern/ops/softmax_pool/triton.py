@@ -1,9 +1,10 @@
 """softmax_pool in Triton, the portable GPU path: launchers of the kernels beside it.
 
 Forward: pool (scores, maximum and sum, z of a split of the items), merge where there are splits.
-Backward: weights (p, de and dq), items (dvalues, dkeys); for the gated scorer, a segment of items
-at a time, hidden_grad (da, db, h), items and outer (dV, dU, dw).  Partial sums are added in a fixed
-order, so results repeat bit for bit.
+Backward: pool and merge again, of rows with a peak without that item; delta, of every row; weights (p,
+de and dq), items (dvalues, dkeys); for the gated scorer, a segment of items at a time, hidden_grad
+(da, db, h), items and outer (dV, dU, dw).  Partial sums are added in a fixed order, so results repeat
+bit for bit.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ from attnkern._triton.linear import sum_rows
 from attnkern.ops.softmax_pool import triton_plan as plan
 from attnkern.ops.softmax_pool.reference import Inputs, Options
 from attnkern.ops.softmax_pool.triton_backward import items_kernel, weights_kernel
+from attnkern.ops.softmax_pool.triton_delta import delta_kernel
 from attnkern.ops.softmax_pool.triton_forward import merge_kernel, pool_kernel
 from attnkern.ops.softmax_pool.triton_gated import HiddenGrad, gated_scores
 
@@ -76,49 +78,61 @@ def _gated_as_given(
 # ------------------------------------------------------------------ forward
 
 
-def softmax_pool_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def softmax_pool_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     *tensors, scorer, act, scale, return_scores = arguments
     i, o = Inputs(*tensors), Options(scorer, act, scale)
     shape = plan.shape_of(i)
     rows = (shape.batch, shape.heads, shape.queries)
     z = i.values.new_empty(*rows, shape.features, dtype=torch.float32)
-    lse = z.new_empty(rows)
+    lse, top = z.new_empty(rows), z.new_empty(2, *rows)
+    with torch.cuda.device_of(z):
+        given, o, scores = _gated_as_given(i, o, shape)
+        if scores is None:
+            scores = lse.new_empty(i.values.shape[0], shape.heads, shape.queries, shape.items)
+        _pool(given, o, shape, scores, z, top, lse=lse)
+    if not return_scores:
+        return z, lse, top, lse.new_empty(0)
+    return z, lse, top, scores.clone() if scores is i.scores else scores
+
+
+def _pool(
+    i: Inputs,
+    o: Options,
+    shape: plan.Shape,
+    scores: Tensor,
+    z: Tensor,
+    top: Tensor,
+    *,
+    lse: Tensor | None = None,
+    whole: Tensor | None = None,
+    peaks: Tensor | None = None,
+) -> None:
+    """Scores (of dot and additive), z, top and lse; with ``whole``, top of all, of the rest, and its peaks."""
     block = plan.blocks(i, shape)
     splits = plan.splits(i, shape, block, shape.batch * shape.heads)
     partial = largest = total = None
     if splits > 1:
-        partial = lse.new_empty(splits, *z.shape)
-        largest, total = lse.new_empty(2, splits, *rows)
-    with torch.cuda.device_of(z):
-        scored, o, scores = _gated_as_given(i, o, shape)
-        if scores is None:
-            scores = lse.new_empty(i.values.shape[0], shape.heads, shape.queries, shape.items)
-        pool_kernel[_programs(shape, block, shape.batch * shape.heads * splits)](
-            **_scorer(scored, o, shape, scores, block),
-            z=z if partial is None else partial,
-            lse=lse,
-            largest_out=largest,
-            total_out=total,
-            splits=splits,
+        partial = z.new_empty(splits, *z.shape)
+        largest, total = z.new_empty(2, splits, *z.shape[:3])
+    pool_kernel[_programs(shape, block, shape.batch * shape.heads * splits)](
+        **_scorer(i, o, shape, scores, block),
+        z=z if partial is None else partial,
+        lse=lse,
+        top=top,
+        whole=whole,
+        peaks=peaks,
+        largest_out=largest,
+        total_out=total,
+        splits=splits,
+    )
+    if partial is not None:
+        count, block_d = z[..., 0].numel(), plan.power(shape.features, 16, 64)
+        merge_kernel[count, triton.cdiv(shape.features, block_d)](
+            *(partial, largest, total, z, lse, top, count, shape.features, splits),
+            BLOCK_S=16,
+            BLOCK_D=block_d,
+            **LAUNCH,
         )
-        if partial is not None:
-            block_d = plan.power(shape.features, 16, 64)
-            merge_kernel[lse.numel(), triton.cdiv(shape.features, block_d)](
-                partial,
-                largest,
-                total,
-                z,
-                lse,
-                lse.numel(),
-                shape.features,
-                splits,
-                BLOCK_S=16,
-                BLOCK_D=block_d,
-                **LAUNCH,
-            )
-    if not return_scores:
-        return z, lse, lse.new_empty(0)
-    return z, lse, scores.clone() if scores is i.scores else scores
 
 
 # ------------------------------------------------------------------ backward
@@ -127,7 +141,7 @@ def softmax_pool_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
 def softmax_pool_bwd(
     dz: Tensor, z: Tensor, dlse: Tensor | None, dscores: Tensor | None, *arguments: Any
 ) -> tuple[Tensor, ...]:
-    *tensors, lse, scorer, act, scale = arguments[:16]
+    *tensors, top, scorer, act, scale = arguments[:16]
     need_values, need_keys, need_query, need_weights, need_logits = arguments[16:]
     i, o = Inputs(*tensors), Options(scorer, act, scale)
     shape = plan.shape_of(i)
@@ -139,28 +153,31 @@ def softmax_pool_bwd(
         return torch.empty_like(t) if t is not None and needed else nothing()
 
     def accumulated(t: Tensor | None, needed: bool = True) -> Tensor:
-        return t.new_empty(t.shape, dtype=lse.dtype) if t is not None and needed else nothing()
+        return t.new_empty(t.shape, dtype=top.dtype) if t is not None and needed else nothing()
 
     dvalues, dkeys = like(i.values, need_values), like(i.keys, need_keys)
     dquery = accumulated(i.query, need_query)
     weights = [accumulated(t, need_weights) for t in (i.V, i.b_V, i.U, i.b_U, i.w)]
     by_item = (i.values.shape[0], shape.heads, shape.queries, shape.items)
-    dlogits = lse.new_empty(by_item) if need_logits else nothing()
+    dlogits = top.new_empty(by_item) if need_logits else nothing()
 
     shared = i.keys is None and scorer != "given"
     to_keys = need_keys or (need_values and shared)
-    p = lse.new_empty(by_item) if need_values else None
-    de = lse.new_empty(by_item) if to_keys or need_query or need_weights else None
+    p = top.new_empty(by_item) if need_values else None
+    de = top.new_empty(by_item) if to_keys or need_query or need_weights else None
     if p is None and de is None and not need_logits:
         return (dvalues, dkeys, dquery, dlogits, *weights)
-    delta = (dz.to(lse.dtype) * z).sum(3)  # [B, H, M]
-    delta = delta if dlse is None else delta - dlse
+    logits = dlogits if need_logits else None
     with torch.cuda.device_of(dz):
         dw = weights[4] if need_weights and scorer == "additive" else None
+        given, scored, scores = _gated_as_given(i, o, shape)
+        # scores that are made again go where de or p will be
+        free = next(t for t in (scores, de, p, logits) if t is not None)
+        by_weight = {"dscores": dscores, "p_out": p, "de_out": de, "dlogits": logits}
+        by_weight |= _deltas(given, scored, shape, free, dz, z, dlse, top, by_weight)
         _weights_grad(
-            i, o, shape, dz, delta, dscores, lse, p, de, dlogits if need_logits else None,
-            dquery if need_query else None, dw,
-        )  # fmt: skip
+            given, scored, shape, scores, dz, top, by_weight, dquery if need_query else None, dw
+        )
         if scorer == "gated":
             if de is not None:
                 _gated_grad(i, o, shape, dz, p, de, dvalues, weights if need_weights else None)
@@ -173,21 +190,55 @@ def softmax_pool_bwd(
     return (dvalues, dkeys, dquery, dlogits, *weights)
 
 
+def _deltas(
+    i: Inputs,
+    o: Options,
+    shape: plan.Shape,
+    scores: Tensor,
+    dz: Tensor,
+    z: Tensor,
+    dlse: Tensor | None,
+    top: Tensor,
+    by_weight: plan.Arguments,
+) -> plan.Arguments:
+    """What dz . v is compared with, and the peaks, whose gradients are made here of the pool of the rest."""
+    delta, rest_z, rest_top = (torch.empty_like(t) for t in (top[0], z, top))
+    peaks = torch.full_like(delta, -1, dtype=torch.int64)
+    _pool(i, o, shape, scores, rest_z, rest_top, whole=top, peaks=peaks)
+    deltas = {"delta": delta, "peaks": peaks}
+    delta_kernel[(delta.numel(),)](
+        **plan.strided("values", i.values),
+        **deltas,
+        **by_weight,
+        dz=dz,
+        z=z,
+        dlse=dlse,
+        top=top,
+        rest_z=rest_z,
+        rest_top=rest_top,
+        heads=shape.heads,
+        items=shape.items,
+        queries=shape.queries,
+        features=shape.features,
+        ragged=int(shape.ragged),
+        scale=o.scale,
+        BLOCK_D=plan.power(shape.features, 16, 1024),
+        **LAUNCH,
+    )
+    return deltas
+
+
 def _weights_grad(
     i: Inputs,
     o: Options,
     shape: plan.Shape,
+    scores: Tensor | None,
     dz: Tensor,
-    delta: Tensor,
-    dscores: Tensor | None,
-    lse: Tensor,
-    p: Tensor | None,
-    de: Tensor | None,
-    dlogits: Tensor | None,
+    top: Tensor,
+    by_weight: plan.Arguments,
     dquery: Tensor | None,
     dw: Tensor | None,
 ) -> None:
-    i, o, scores = _gated_as_given(i, o, shape)
     block = plan.blocks(i, shape, backward=True)
     samples = 1
     if (dquery is not None or dw is not None) and i.query is not None and i.query.shape[0] == 1:
@@ -198,18 +249,14 @@ def _weights_grad(
     parts = dw_parts = None
     if dquery is not None or dw is not None:
         assert i.query is not None
-        parts = lse.new_empty(splits * (groups if i.query.shape[0] == 1 else 1), *i.query.shape)
+        parts = top.new_empty(splits * (groups if i.query.shape[0] == 1 else 1), *i.query.shape)
     if dw is not None:
-        dw_parts = lse.new_empty(programs[0], shape.units)
+        dw_parts = top.new_empty(programs[0], shape.units)
     weights_kernel[programs](
         **_scorer(i, o, shape, scores, block),
-        lse=lse,
+        **by_weight,
+        top=top,
         dz=dz,
-        delta=delta,
-        dscores=dscores,
-        p_out=p,
-        de_out=de,
-        dlogits=dlogits,
         dquery=parts,
         dw=dw_parts,
         batch=shape.batch,

@@ -68,10 +68,11 @@ def _train(
     if biased and scorer != "given":
         tensors["c"] = new(1, heads, queries)
     i, o = Inputs(**tensors), Options(scorer, act, 0.5)
-    z, lse, scores = softmax_pool_fwd(*i, *o, biased)
+    z, _, top, scores = softmax_pool_fwd(*i, *o, biased)
     dscores = torch.empty_like(scores) if biased else None
+    dlse = torch.empty_like(z[..., 0]) if biased else None
     needs = (not frozen, keys, scorer in ("dot", "additive"), i.w is not None, biased)
-    softmax_pool_bwd(torch.empty_like(z), z, lse, dscores, *i, lse, *o, *needs)
+    softmax_pool_bwd(torch.empty_like(z), z, dlse, dscores, *i, top, *o, *needs)
 
 
 def _call(name: str, dtype: str, *args: Any, **options: Any) -> tuple[str, Callable[[], None]]:

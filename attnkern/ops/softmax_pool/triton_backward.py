@@ -99,9 +99,10 @@ def weights_kernel(
     c,
     bias,
     offsets,
-    lse,
+    top,
     dz,
     delta,
+    peaks,
     dscores,
     p_out,
     de_out,
@@ -139,8 +140,8 @@ def weights_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """
-    Computes  p = exp(l - lse), dl = p (dz . v - delta), de = scale dl + dscores, and over a split
-              of the items dq (and additive dw)
+    Computes  p = softmax(l), dl = p (dz . v - delta), de = scale dl + dscores but those of the peaks,
+              and over a split of the items dq (and additive dw)
     Layout    p, de, dl [B, H, M, N], dq [splits, B, H, M, K] float32; where samples share the query
               [splits, programs over samples, H, M, K], ``samples`` of them a program, in order
     Mapping   a program owns one split and BLOCK_M queries of a row, or of ``samples`` rows
@@ -155,6 +156,7 @@ def weights_kernel(
     split = (pid // blocks) % splits
     group = pid // blocks // splits // heads
     h = pid // blocks // splits % heads
+    rows = tl.cast(batch, tl.int64) * heads * queries
     for b in range(group * samples, tl.minimum((group + 1) * samples, batch)):
         row = (b * heads + h) * queries
         sample = b if offsets is None else b * 0
@@ -170,6 +172,10 @@ def weights_kernel(
                 row_query += b * query_batch + h * queries * units
             if c is not None:
                 row_c += b * c_batch + h * queries
+        largest = tl.load(top + row + m, mask=in_m, other=0.0)
+        weight = tl.load(top + rows + row + m, mask=in_m, other=0.0)
+        subtracted = tl.load(delta + row + m, mask=in_m, other=0.0)
+        peak = tl.load(peaks + row + m, mask=in_m, other=-1)
         for n0 in range(first, last, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
             in_n = n < last
@@ -181,18 +187,16 @@ def weights_kernel(
                     queries, units, SCORER, ACT, EXACT, BLOCK_M, BLOCK_N, BLOCK_K,
                 )  # fmt: skip
             l = logits(e, row_bias, bias_query, m, in_m, n, in_n, scale)  # noqa: E741
-            row_lse = tl.load(lse + row + m, mask=in_m, other=0.0)[:, None]
-            none = (row_lse == float("-inf")) | ((l == float("-inf")) & (row_lse == row_lse))
-            p = tl.where(none, 0.0, tl.exp(tl.where(none, 0.0, l - row_lse)))
+            p = tl.exp(l - largest[:, None]) * weight[:, None]
             places = row_n + m[:, None] * items + n[None, :]
-            valid = in_m[:, None] & in_n[None, :]
+            valid = in_m[:, None] & in_n[None, :] & (n[None, :] != peak[:, None])  # delta_kernel's
             if p_out is not None:
                 tl.store(p_out + places, p, mask=valid)
             dp = times_items(
                 dz + row * features, m, in_m, row_values, n * values_item, in_n, features,
                 values_feature, EXACT, BLOCK_M, BLOCK_N, BLOCK_D,
             )  # fmt: skip
-            dl = p * (dp - tl.load(delta + row + m, mask=in_m, other=0.0)[:, None])
+            dl = p * (dp - subtracted[:, None])
             if dlogits is not None:
                 tl.store(dlogits + places, dl, mask=valid)
             if de_out is not None:

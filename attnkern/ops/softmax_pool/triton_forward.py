@@ -6,6 +6,7 @@ import triton
 import triton.language as tl
 
 from attnkern._triton.product import sum_rows_of_tile
+from attnkern.ops.softmax_pool.reference import PEAK, PEAKED
 from attnkern.ops.softmax_pool.triton_items import (
     add_weighted,
     load_items,
@@ -15,6 +16,8 @@ from attnkern.ops.softmax_pool.triton_items import (
     score,
     span,
 )
+
+_PEAKED, _PEAK = tl.constexpr(PEAKED), tl.constexpr(PEAK)
 
 
 @triton.jit
@@ -29,6 +32,24 @@ def log_sum(total, base):
     return tl.where(total == 0, float("-inf"), tl.log(_divisor(total)) + base)
 
 
+@triton.jit
+def store_row(lse, top, row, rows, base, total, valid):
+    """lse (if not None) and top of rows whose exponentials relative to ``base`` have this sum."""
+    if lse is not None:
+        tl.store(lse + row, log_sum(total, base), mask=valid)
+    tl.store(top + row, tl.where(total == 0, 0.0, base), mask=valid)
+    tl.store(top + rows + row, tl.where(total == 0, 0.0, 1.0 / _divisor(total)), mask=valid)
+
+
+@triton.jit
+def peak_bounds(whole, row, rows, valid):
+    """The logit that only a row's peak is above, infinite where it has none."""
+    largest = tl.load(whole + row, mask=valid, other=0.0)
+    weight = tl.load(whole + rows + row, mask=valid, other=0.0)
+    peaked = weight > _PEAKED
+    return tl.where(peaked, largest - tl.log(tl.where(peaked, weight, 1.0) / _PEAK), float("inf"))
+
+
 @triton.jit(do_not_specialize=["heads", "queries", "splits"])
 def pool_kernel(
     values,
@@ -41,6 +62,9 @@ def pool_kernel(
     offsets,
     z,
     lse,
+    top,
+    whole,
+    peaks,
     largest_out,
     total_out,
     heads,
@@ -73,7 +97,8 @@ def pool_kernel(
 ):
     """
     Computes  e, l = scale e + bias, and over a split of the items max l, sum exp(l - max) and
-              z = sum_n exp(l - max) v[n]; with one split lse and z themselves
+              z = sum_n exp(l - max) v[n]; with one split lse, top and z themselves.  With ``whole``
+              the pool of the rest (csrc/ops/softmax_pool/params.h) of the rows that have a peak
     Layout    scores [B, H, M, N] float32: given, or written; z [splits, B, H, M, D]
     Mapping   a program owns one row, one split and BLOCK_M queries: scores of the split, then their
               maximum and sum, then z by blocks of features
@@ -95,6 +120,10 @@ def pool_kernel(
     scores += (sample * heads + h) * queries * items
     if bias is not None:
         bias += sample * bias_batch + h * bias_head
+    rows = tl.num_programs(0).to(tl.int64) // blocks // splits * queries
+    if whole is not None:
+        bound = peak_bounds(whole, row * queries + m, rows, in_m)
+        last = tl.where(tl.min(bound, axis=0) < float("inf"), last, first)
 
     if SCORER != "given":
         keys += sample * keys_batch + h * keys_head
@@ -122,17 +151,22 @@ def pool_kernel(
         n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
         e = load_weights(scores, m, in_m, items, n, n < last)
         l = logits(e, bias, bias_query, m, in_m, n, n < last, scale)  # noqa: E741
+        if whole is not None:
+            peak = l > bound[:, None]
+            item = tl.broadcast_to(n[None, :], peak.shape)
+            tl.store(peaks + row * queries + m[:, None] + item * 0, item, mask=peak)
+            l = tl.where(peak, float("-inf"), l)  # noqa: E741
         new = tl.maximum(largest, tl.max(l, axis=1))
         base = tl.where(new == float("-inf"), 0.0, new)
         total = total * tl.exp(largest - base) + tl.sum(tl.exp(l - base[:, None]), axis=1)
         largest = new
 
-    row_out = (split * (tl.num_programs(0) // blocks // splits) + row) * queries + m
+    row_out = split * rows + row * queries + m
     if largest_out is not None:
         tl.store(largest_out + row_out, largest, mask=in_m)
         tl.store(total_out + row_out, total, mask=in_m)
     else:
-        tl.store(lse + row_out, log_sum(total, base), mask=in_m)
+        store_row(lse, top, row_out, rows, base, total, in_m)
     for d0 in range(0, features, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D).to(tl.int64)
         acc = tl.zeros([BLOCK_N if BLOCK_M == 1 else BLOCK_M, BLOCK_D], tl.float32)
@@ -140,6 +174,8 @@ def pool_kernel(
             n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
             e = load_weights(scores, m, in_m, items, n, n < last)
             l = logits(e, bias, bias_query, m, in_m, n, n < last, scale)  # noqa: E741
+            if whole is not None:
+                l = tl.where(l > bound[:, None], float("-inf"), l)  # noqa: E741
             tile = load_items(values, n * values_item, n < last, d, features, values_feature)
             acc = add_weighted(tl.exp(l - base[:, None]), tile.to(tl.float32), acc, EXACT)
         out = over_items(acc, BLOCK_M)
@@ -159,6 +195,7 @@ def merge_kernel(
     total_in,
     z,
     lse,
+    top,
     rows,
     features,
     splits,
@@ -166,7 +203,7 @@ def merge_kernel(
     BLOCK_D: tl.constexpr,
 ):
     """
-    Computes  lse = log sum_s total_s exp(max_s - max) + max,  z = sum_s exp(max_s - lse) partial_s
+    Computes  lse = log sum_s total_s exp(max_s - max) + max, top,  z = sum_s exp(max_s - lse) partial_s
     Layout    partial [splits, rows, D], max and total [splits, rows] float32; rows = B H M
     Mapping   a program owns one row and BLOCK_D features
     Traffic   partial once
@@ -179,15 +216,15 @@ def merge_kernel(
         s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
         here = tl.load(largest_in + s * rows + row, mask=s < splits, other=float("-inf"))
         largest = tl.maximum(largest, here)
-    top = tl.max(largest, axis=0)
-    top = tl.where(top == float("-inf"), 0.0, top)
+    base = tl.max(largest, axis=0)
+    base = tl.where(base == float("-inf"), 0.0, base)
     sums = tl.zeros([BLOCK_S], tl.float32)
     acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
     for s0 in range(0, splits, BLOCK_S):
         s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
         in_s = s < splits
         here = tl.load(largest_in + s * rows + row, mask=in_s, other=float("-inf"))
-        share = tl.exp(here - top)
+        share = tl.exp(here - base)
         sums += share * tl.load(total_in + s * rows + row, mask=in_s, other=0.0)
         tile = tl.load(
             partial + (s[:, None] * rows + row) * features + d[None, :],
@@ -199,4 +236,4 @@ def merge_kernel(
     out = tl.where(total == 0, 0.0, sum_rows_of_tile(acc) / _divisor(total))
     tl.store(z + row * features + d, out.to(z.dtype.element_ty), mask=d < features)
     if tl.program_id(1) == 0:
-        tl.store(lse + row, log_sum(total, top))
+        store_row(lse, top, row, tl.cast(rows, tl.int64), base, total, total == total)

@@ -61,10 +61,12 @@ def blocks(i: Inputs, shape: Shape, backward: bool = False) -> dict[str, int]:
     additive = i.w is not None
     if shape.queries == 1:
         dot = shape.units and not additive and i.V is None
-        elements = 2048 if wide and not (dot and backward) else 1024
+        exact = i.values.dtype == torch.float32
+        elements = 2048 if wide and not (backward and (dot or (additive and exact))) else 1024
         d = power(shape.features, 16, elements // 16)
         n = elements // d
-        k = power(shape.units, 16, elements // n // (2 if additive else 1))
+        # half for the weights of dot, which with the peaks' places spilled 8 bytes on sm_90
+        k = power(shape.units, 16, elements // n // (2 if additive or (dot and backward) else 1))
         warps = 8 if backward and (additive or dot) else 4
         block = {"BLOCK_M": 1, "BLOCK_N": n, "BLOCK_D": d, "BLOCK_K": k}
     else:

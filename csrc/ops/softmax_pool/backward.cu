@@ -1,4 +1,5 @@
 // Backward: one pass over the items, then the sums of blocks; the gated scorer goes through its hidden layer in chunks.
+#include <algorithm>
 #include <utility>
 
 #include "ops/softmax_pool/backward.cuh"
@@ -15,7 +16,7 @@ ATTNKERN_DEVICE void each_held(Acc& dq, const Sizes& n, int first, const F& f) {
   });
 }
 
-// Computes   p = exp(l - lse), dl = p (dp - delta), de = scale dl + dscores; dvalues = sum_m p dz and, through the
+// Computes   p = softmax(l), dl = p (dp - delta), de = scale dl + dscores; dvalues = sum_m p dz and, through the
 //            scorer, dkeys (dvalues where there are none) and a block's sums of dquery, dw, db_V, db_U
 // Layout     values [B, H, N, D] or [B, H, D, N], keys likewise; dz [B, H, M, D]
 // Mapping    a block: consecutive pieces of the items, a head, all queries. Tiles of items in shared memory, two
@@ -25,7 +26,7 @@ ATTNKERN_DEVICE void each_held(Acc& dq, const Sizes& n, int first, const F& f) {
 template <class T, class ScorerT, int Rows>
 ATTNKERN_KERNEL(kProductThreads, 1)  // at 128 registers, for two blocks an SM, it spills up to 1128 bytes
 softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_GRID_CONSTANT const Plan plan,
-                        const Sums sums, const Hidden hidden, const T* packed, const float* deltas) {
+                        const Sums sums, const Hidden hidden, const T* packed, const Deltas deltas) {
   constexpr bool product = std::is_same_v<ScorerT, GatedProductScorer>;
   constexpr bool gated = ScorerT::kind == Scorer::gated, dot = ScorerT::kind == Scorer::dot;
   constexpr bool additive = ScorerT::kind == Scorer::additive, held = std::is_same_v<ScorerT, DotScorer>;
@@ -107,15 +108,19 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
         const bool real = m < queries;
         const Logits<T> logits(view, real ? m : 0);
         const int64_t at = ((batch * n.heads + head) * n.queries + m) * n.items + item;
-        const float lse = real ? load_global(static_cast<const float*>(p.lse) + row + m) : 0.0f;
-        const float delta = real ? load_global(deltas + row + m) : 0.0f;
+        const auto of_row = [&](const void* data) {
+          return real ? load_global(static_cast<const float*>(data) + row + m) : 0.0f;
+        };
+        const float largest = of_row(p.top), top = of_row(static_cast<const float*>(p.top) + rows_of(p));
+        const float delta = of_row(deltas.delta), left = of_row(deltas.left);
+        const int64_t peak = real ? load_global(deltas.peaks + row + m) : -1;
         for (int t = lane_id(); t < plan.tile; t += kWarpSize) {
           float weight = 0.0f, de = 0.0f;
           if (real && t < view.count) {
             const float l = logits.logit(t, weights.load(t * stride + m) + logits.c);
-            const bool none = lse == -INFINITY || (l == -INFINITY && lse == lse);
-            weight = none ? 0.0f : expf(l - lse);
-            const float dl = weight * (grads.load(t * stride + m) - delta);
+            const bool itself = item + t == peak;  // its weight is known, however its logit was rounded this time
+            weight = itself ? top : expf(l - largest) * top;
+            const float dl = weight * (itself ? left : grads.load(t * stride + m) - delta);
             if (p.dlogits) store_global(static_cast<float*>(p.dlogits) + at + t, dl);
             de = logits.scale * dl;
             if (p.dscores) de += load_global(static_cast<const float*>(p.dscores) + at + t);
@@ -203,11 +208,26 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
 struct Carved {
   Sums sums{};
   Hidden hidden{};
-  void* packed = nullptr;    // V and U, for the tensor cores
-  float* dV = nullptr;       // dV and dU [splits, 2, K, D]
-  float* deltas = nullptr;   // [B, H, M]
-  size_t sums_bytes, bytes;  // the sums come first: they are cleared
+  void* packed = nullptr;  // V and U, for the tensor cores
+  float* dV = nullptr;     // dV and dU [splits, 2, K, D]
+  Deltas deltas{};
+  float *rest_z = nullptr, *rest_top = nullptr;  // the pool of the rest
+  size_t rest, sums_bytes, bytes;  // where that works, and after it backward: its sums come first, to be cleared
 };
+
+ForwardParams rest_of(const BackwardParams& p, const Carved& c) {
+  ForwardParams rest{p};
+  rest.z = c.rest_z;
+  rest.top = c.rest_top;
+  rest.whole = p.top;
+  rest.peaks = c.deltas.peaks;
+  if (p.workspace) rest.workspace = static_cast<char*>(p.workspace) + c.rest;
+  return rest;
+}
+
+Plan rest_plan(const ForwardParams& rest, const Plan& plan, const cuda::DeviceProperties& device) {
+  return make_plan(problem_of(rest), device, plan.force);
+}
 
 int64_t groups_of(const BackwardParams& p, const Plan& plan) {
   const bool layered = p.scorer == Scorer::additive || p.scorer == Scorer::gated;
@@ -216,13 +236,18 @@ int64_t groups_of(const BackwardParams& p, const Plan& plan) {
 
 bool shares_query(const BackwardParams& p) { return p.query.stride_batch == 0; }
 
-Carved carve(const BackwardParams& p, const Plan& plan, void* base) {
+Carved carve(const BackwardParams& p, const Plan& plan, const cuda::DeviceProperties& device, void* base) {
   const Sizes& n = p.sizes;
   Carver carver{base};
   Carved c{};
+  c.deltas = {carver.take<float>(rows_of(p)), carver.take<float>(rows_of(p)), carver.take<int64_t>(rows_of(p))};
+  c.rest_z = carver.take<float>(rows_of(p) * n.features);
+  c.rest_top = carver.take<float>(2 * rows_of(p));
+  c.rest = carver.bytes;
+  const ForwardParams rest = rest_of(p, c);
+  const size_t rest_bytes = c.rest + forward_workspace_cuda(rest, rest_plan(rest, plan, device));
   const auto finish = [&] {
-    c.deltas = carver.take<float>(rows_of(p));
-    c.bytes = carver.bytes;
+    c.bytes = std::max(carver.bytes, rest_bytes);
     return c;
   };
   if (p.scorer == Scorer::given) return finish();
@@ -236,7 +261,7 @@ Carved carve(const BackwardParams& p, const Plan& plan, void* base) {
   if (p.db_V) c.sums.db_V = carver.take<float>(plan.slots * groups * n.hidden);
   if (p.db_U) c.sums.db_U = carver.take<float>(plan.slots * groups * n.hidden);
   if (p.dV) c.dV = carver.take<float>(plan.splits * 2 * n.hidden * n.features);
-  c.sums_bytes = carver.bytes;
+  c.sums_bytes = carver.bytes - c.rest;
   if (p.scorer == Scorer::gated) {
     const int64_t rows = plan.chunk_units * plan.length;
     if (plan.product) c.packed = carver.take<uint16_t>(packed_size(n.hidden, plan.value_width));
@@ -284,6 +309,15 @@ Status clear_gradients(const BackwardParams& p, void* stream) {
   return {};
 }
 
+// The pool of the rest, of which a call without peaks runs no block to its end, then what its rows leave.
+Status launch_deltas(const BackwardParams& p, const Plan& plan, const Carved& c, const cuda::DeviceProperties& device,
+                     void* stream) {
+  const ForwardParams rest = rest_of(p, c);
+  Status status = fill_bytes(c.deltas.peaks, 0xff, rows_of(p) * sizeof(int64_t), stream);
+  if (status.ok()) status = launch_forward_cuda(rest, rest_plan(rest, plan, device), stream);
+  return status.ok() ? launch_delta(p, c.rest_z, c.rest_top, c.deltas, stream) : status;
+}
+
 Status launch_reductions(const BackwardParams& p, const Plan& plan, const Carved& c, void* stream) {
   const Sizes& n = p.sizes;
   const int64_t groups = groups_of(p, plan), queries = p.scorer == Scorer::gated ? n.queries : 1;
@@ -311,16 +345,20 @@ Status launch_reductions(const BackwardParams& p, const Plan& plan, const Carved
 
 }  // namespace
 
-size_t backward_workspace_cuda(const BackwardParams& p, const Plan& plan) { return carve(p, plan, nullptr).bytes; }
+size_t backward_workspace_cuda(const BackwardParams& p, const Plan& plan) {
+  cuda::DeviceProperties device;
+  return device_properties(device).ok() ? carve(p, plan, device, nullptr).bytes : 0;
+}
 
 Status launch_backward_cuda(const BackwardParams& p, const Plan& plan, void* stream) {
   if (p.sizes.batch == 0) return clear_gradients(p, stream);
   cuda::DeviceProperties device;
   if (const Status status = device_properties(device); !status.ok()) return status;
   if (!fits(plan, device)) return kTooLarge;
-  const Carved c = carve(p, plan, p.workspace);
-  if (const Status status = fill_bytes(p.workspace, 0, c.sums_bytes, stream); !status.ok()) return status;
-  if (const Status status = launch_delta(p, c.deltas, stream); !status.ok()) return status;
+  const Carved c = carve(p, plan, device, p.workspace);
+  if (const Status status = launch_deltas(p, plan, c, device, stream); !status.ok()) return status;
+  if (const Status status = fill_bytes(static_cast<char*>(p.workspace) + c.rest, 0, c.sums_bytes, stream); !status.ok())
+    return status;
   const Status status = visit_scorer(p.dtype, p.scorer, plan, [&](auto type, auto scorer) -> Status {
     using T = decltype(type);
     using S = decltype(scorer);

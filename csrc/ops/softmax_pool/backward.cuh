@@ -117,33 +117,63 @@ ATTNKERN_DEVICE void add_gated(const Gradient<T>& g, const View<T>& v, const Sha
 
 constexpr int kDeltaThreads = 256;
 
-// Computes   delta = dz . z - dlse of every row
-// Layout     dz, z [rows, D]; dlse (which may be null) and delta [rows]
+// dl = p (dz . v - delta) of a row's items, but p left of its peak (params.h).
+struct Deltas {
+  float *delta, *left;  // [B, H, M]
+  int64_t* peaks;       // items, or -1
+};
+
+// Computes   delta = dz . z - dlse of every row; left = w' (dz . v - dz . z') + dlse of those with a peak v, whose rest
+//            has the pool z' and the weight w', and delta = dz . v - left
+// Layout     dz, z, z' [rows, D]; dlse (which may be null) and the results [rows]
 // Mapping    a warp: a row, lanes along D
-// Traffic    dz and z once
+// Traffic    dz and z once, or dz twice, the item and z'
 // Numerics   float; a lane's terms in order, then the lanes
 template <class T>
 ATTNKERN_KERNEL(kDeltaThreads, 4)
-softmax_pool_delta_kernel(const T* dz, const float* z, const float* dlse, int64_t rows, int64_t features,
-                          float* delta) {
-  const int64_t row = block_index() * warp_count() + warp_id();
+softmax_pool_delta_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, const float* rest_z, const float* rest_top,
+                          const Deltas out) {
+  const Sizes& n = p.sizes;
+  const int64_t row = block_index() * warp_count() + warp_id(), rows = rows_of(p);
   if (row >= rows) return;
-  float sum = 0.0f;
-  for (int64_t d = lane_id(); d < features; d += kWarpSize)
-    sum += widen(load_global(dz + row * features + d)) * load_global(z + row * features + d);
-  sum = warp_sum(sum);
-  if (lane_id() == 0) store_global(delta + row, dlse ? sum - load_global(dlse + row) : sum);
+  const auto times = [&](auto factor) {
+    float sum = 0.0f;
+    for (int64_t d = lane_id(); d < n.features; d += kWarpSize)
+      sum += widen(load_global(static_cast<const T*>(p.dz) + row * n.features + d)) * factor(d);
+    return warp_sum(sum);
+  };
+  const auto pool = [&](const void* z) {
+    return times([&](int64_t d) { return load_global(static_cast<const float*>(z) + row * n.features + d); });
+  };
+  const float dlse = p.dlse ? load_global(static_cast<const float*>(p.dlse) + row) : 0.0f;
+  const int64_t peak = load_global(out.peaks + row);
+  float delta, left = 0.0f;
+  if (peak < 0) {
+    delta = pool(p.z) - dlse;
+  } else {
+    const int64_t sample = row / (n.heads * n.queries), head = row / n.queries % n.heads;
+    const auto items = span_of<T>(p.values, items_batch(p, sample), head, n.features);
+    const float dp =
+        times([&](int64_t d) { return widen(load_global(items.data + peak * items.item + d * items.feature)); });
+    const auto* top = static_cast<const float*>(p.top) + row;
+    const float rest = load_global(rest_top + rows + row);
+    const float weight =
+        rest == 0.0f ? 0.0f : expf(load_global(rest_top + row) - load_global(top)) * load_global(top + rows) / rest;
+    const float excess = weight < kAlone ? 0.0f : weight * (pool(rest_z) - dp);
+    delta = dp + excess - dlse;
+    left = dp - dp - excess + dlse;  // dp - dp: NaN where it is not finite, as eager's
+  }
+  if (lane_id() > 0) return;
+  store_global(out.delta + row, delta);
+  store_global(out.left + row, left);
 }
 
-inline int64_t rows_of(const BackwardParams& p) { return p.sizes.batch * p.sizes.heads * p.sizes.queries; }
-
-inline Status launch_delta(const BackwardParams& p, float* delta, void* stream) {
+inline Status launch_delta(const BackwardParams& p, const float* rest_z, const float* rest_top, const Deltas& out,
+                           void* stream) {
   const int64_t rows = rows_of(p), warps = kDeltaThreads / kWarpSize;
   return visit_type(p.dtype, [&](auto type) {
-    using T = decltype(type);
-    return launch(softmax_pool_delta_kernel<T>, {(rows + warps - 1) / warps, kDeltaThreads}, stream,
-                  static_cast<const T*>(p.dz), static_cast<const float*>(p.z), static_cast<const float*>(p.dlse), rows,
-                  p.sizes.features, delta);
+    return launch(softmax_pool_delta_kernel<decltype(type)>, {(rows + warps - 1) / warps, kDeltaThreads}, stream, p,
+                  rest_z, rest_top, out);
   });
 }
 

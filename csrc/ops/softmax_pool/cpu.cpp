@@ -7,131 +7,10 @@
 #include <cstring>
 
 #include "cpu/cache.h"
-#include "cpu/share.h"
-#include "ops/softmax_pool/cpu_kernels.h"
+#include "ops/softmax_pool/cpu_call.h"
 
 namespace attnkern::softmax_pool {
 namespace {
-
-constexpr int64_t kUnits = 64;                 // units to share among threads, where the items suffice
-constexpr int64_t kUnitBytes = 1 << 18;        // of items; a unit's partial sums and their merge then cost little
-constexpr int64_t kRowTileBytes = 1 << 16;     // a tile is read two to four times: from L2 at worst
-constexpr int64_t kGatedTile = 96;             // eight register tiles of 12 rows; 200 KB of hidden rows of 2 x 256
-constexpr int64_t kColumnTileBytes = 1 << 18;  // sums along items want rows of 1 KB
-
-bool is_columns(const Inputs& p) {
-  return p.sizes.features == 1 ? p.values.stride_item == 1 : p.values.stride_feature != 1;
-}
-
-int64_t item_bytes(const Inputs& p) {
-  return (p.sizes.features + (p.keys.data ? p.sizes.hidden : 0)) * size_of(p.dtype);
-}
-
-int64_t total_bytes(const Inputs& p) {
-  return item_bytes(p) * p.sizes.items * p.sizes.heads * (p.offsets ? 1 : p.sizes.batch);
-}
-
-// What the work is worth in bytes of items that are merely read: a hidden layer takes 2 K multiplications an element.
-int64_t work_bytes(const Inputs& p) {
-  return total_bytes(p) * (p.scorer == Scorer::gated ? 1 + p.sizes.hidden / 8 : 1);
-}
-
-// How the items are cut, the same for any number of threads.
-struct Cut {
-  int64_t tile, chunk;
-  int64_t spans;  // chunks of all samples or bags, some of them empty
-  int64_t parts;  // at most so many are of rows that have several
-
-  explicit Cut(const Inputs& p) {
-    const Sizes& n = p.sizes;
-    const int64_t bytes = std::max<int64_t>(1, item_bytes(p));
-    tile = std::clamp<int64_t>((is_columns(p) ? kColumnTileBytes : kRowTileBytes) / bytes / 16 * 16, 16, 256);
-    if (p.scorer == Scorer::gated) tile = kGatedTile;
-    const int64_t rows = n.heads * (p.offsets ? 1 : n.batch);
-    chunk = std::max(
-        {16 * n.queries, (p.scorer == Scorer::gated ? 0 : kUnitBytes / bytes), ceil_div(n.items * rows, kUnits), tile});
-    if (!p.offsets && n.items) chunk = ceil_div(n.items, ceil_div(n.items, chunk));  // equal ones
-    chunk = round_up(chunk, tile);
-    const int64_t total = p.offsets ? n.items : n.items * n.batch;
-    spans = total / chunk + n.batch;
-    parts = n.items <= chunk ? 0 : 2 * total / chunk + 1;
-  }
-};
-
-// A sample's or bag's items and chunks.
-struct Bag {
-  int64_t begin, end;  // in the row of all samples' items
-  int64_t first_span, first_part, count;
-};
-
-// One operator call: what forward and backward share.
-template <class Params>
-struct Call {
-  const Params& p;
-  const ThreadPool& pool;
-  const CpuKernels& kernels;
-  Cut cut{p};
-  int64_t size = size_of(accumulation(p.dtype));
-  int64_t* bounds = nullptr;  // of bags: offsets that stay within 0..N and do not decrease
-  int64_t lanes = 1;          // threads that take units
-  void* scratch = nullptr;    // a lane's at multiples of scratch_bytes
-  int64_t scratch_bytes = 0;
-
-  void take_common(cpu::Arena& arena) {
-    const Sizes& n = p.sizes;
-    bounds = static_cast<int64_t*>(arena.take(p.offsets ? n.batch + 1 : 0, sizeof(int64_t)));
-    lanes = cpu::lanes_for(pool, cut.spans * n.heads, work_bytes(p));
-  }
-
-  void read_offsets() const {
-    if (!p.offsets) return;
-    int64_t last = 0;
-    for (int64_t b = 0; b <= p.sizes.batch; ++b)
-      bounds[b] = last = std::clamp<int64_t>(p.offsets[b], last, p.sizes.items);
-  }
-
-  Bag bag(int64_t b) const {
-    const int64_t begin = p.offsets ? bounds[b] : b * p.sizes.items;
-    const int64_t end = p.offsets ? bounds[b + 1] : begin + p.sizes.items;
-    return {begin, end, begin / cut.chunk + b, 2 * begin / cut.chunk, ceil_div(end - begin, cut.chunk)};
-  }
-
-  // f(unit, bag) for unit i of spans x heads, if it has items
-  template <class F>
-  void with_unit(int64_t i, const F& f) const {
-    const int64_t span = i / p.sizes.heads;
-    int64_t b = 0;  // the last whose first span is not beyond
-    for (int64_t end = p.sizes.batch; end - b > 1;) {
-      const int64_t middle = b + (end - b) / 2;
-      (bag(middle).first_span <= span ? b : end) = middle;
-    }
-    const Bag own = bag(b);
-    if (span - own.first_span >= own.count) return;
-    const int64_t start = p.offsets ? own.begin : 0, begin = start + (span - own.first_span) * cut.chunk;
-    f(Unit{b, i % p.sizes.heads, begin, std::min(begin + cut.chunk, start + own.end - own.begin)}, own,
-      span - own.first_span);
-  }
-
-  void* take_panels(cpu::Arena& arena, bool back) const {
-    if (p.scorer != Scorer::gated) return nullptr;
-    const int64_t columns = hidden_columns(p), features = p.sizes.features;
-    return arena.take(back ? columns * round_up(features, kBlockColumns) : columns * features, size);
-  }
-
-  void pack(void* panels, bool back) const {
-    if (!panels) return;
-    cpu::share(pool, lanes, ceil_div(back ? p.sizes.features : hidden_columns(p), kBlockColumns),
-               [&](int64_t block, int64_t) { kernels.pack(p, back, block, panels); });
-  }
-
-  cpu::Arena lane_arena(int64_t lane) const {
-    return cpu::Arena(scratch ? static_cast<std::byte*>(scratch) + lane * scratch_bytes : nullptr);
-  }
-
-  void* at(void* base, int64_t index, int64_t width) const {
-    return base ? static_cast<std::byte*>(base) + index * width * size : nullptr;
-  }
-};
 
 // ---- forward
 
@@ -173,12 +52,16 @@ struct ForwardCall : Call<ForwardParams> {
     return {base, at(base, 1, queries), at(base, 2, queries)};
   }
 
+  // Of the rest, what has rows with a peak.
+  bool wanted(int64_t b, int64_t h) const { return !p.whole || any_peak(p.whole, (b * p.sizes.heads + h)); }
+
   void run() const {
     const int64_t heads = p.sizes.heads;
     read_offsets();
     pack(panels, false);
     cpu::share(pool, lanes, cut.spans * heads, [&](int64_t i, int64_t lane) {
       with_unit(i, [&](const Unit& unit, const Bag& own, int64_t index) {
+        if (!wanted(unit.b, unit.h)) return;
         const Scratch s = lane_scratch(lane);
         if (own.count == 1) return kernels.pool(p, unit, s, nullptr);
         const Partial to = part((own.first_part + index) * heads + unit.h);
@@ -188,8 +71,8 @@ struct ForwardCall : Call<ForwardParams> {
     if (!cut.parts && !p.offsets && p.sizes.items) return;
     cpu::share(pool, lanes, p.sizes.batch * heads, [&](int64_t i, int64_t) {
       const Bag own = bag(i / heads);
-      if (own.count == 1) return;
       const int64_t h = i % heads;
+      if (own.count == 1 || !wanted(i / heads, h)) return;
       kernels.merge(p, i / heads, h, part(own.first_part * heads + h), part_size * heads, own.count);
     });
   }
@@ -201,6 +84,8 @@ struct BackwardCall : Call<BackwardParams> {
   void *query_parts = nullptr, *group_sums = nullptr, *panels = nullptr, *panels_back = nullptr;
   int64_t groups = 0, group_size = 0;
   bool shared_query = p.dquery && p.query.stride_batch == 0 && p.sizes.batch != 1;
+  bool peaked = false;
+  ForwardParams rest{p};  // the pool of the rest, in the memory that backward then works in
 
   int64_t query_size() const { return p.sizes.queries * p.sizes.hidden; }
 
@@ -231,6 +116,13 @@ struct BackwardCall : Call<BackwardParams> {
 
   size_t carve(void* workspace) {
     cpu::Arena arena(workspace);
+    const int64_t rows = rows_of(p);
+    rest.z = arena.take(rows * p.sizes.features, size);
+    rest.top = arena.take(2 * rows, size);
+    rest.peaks = static_cast<int64_t*>(arena.take(rows, sizeof(int64_t)));
+    rest.whole = p.top;
+    rest.workspace = arena.take(0, size);
+    const int64_t rest_bytes = arena.used() + static_cast<int64_t>(rest_call().carve(nullptr));
     take_common(arena);
     choose_groups();
     panels = take_panels(arena, false);
@@ -240,7 +132,18 @@ struct BackwardCall : Call<BackwardParams> {
     group_sums = arena.take(group_size ? groups * group_size : 0, size);
     lane_scratch(0, &scratch_bytes);
     scratch = arena.take(lanes, scratch_bytes);
-    return static_cast<size_t>(arena.used());
+    return static_cast<size_t>(std::max(arena.used(), rest_bytes));
+  }
+
+  ForwardCall rest_call() const { return {{rest, pool, kernels}}; }
+
+  void pool_rest() {
+    for (int64_t i = 0; i < p.sizes.batch * p.sizes.heads && !peaked; ++i) peaked = any_peak(p.top, i);
+    if (!peaked) return;
+    std::fill_n(rest.peaks, rows_of(p), int64_t{-1});
+    ForwardCall call = rest_call();
+    call.carve(rest.workspace);
+    call.run();
   }
 
   Scratch lane_scratch(int64_t lane, int64_t* bytes = nullptr) const {
@@ -248,11 +151,14 @@ struct BackwardCall : Call<BackwardParams> {
     cpu::Arena arena = lane_arena(lane);
     Scratch s{};
     s.tile = cut.tile;
+    s.peaks = peaked ? rest.peaks : nullptr;
+    s.rest_z = rest.z;
+    s.rest_top = rest.top;
     s.streaming = 2 * total_bytes(p) > cpu::l3_bytes();
     s.scores = arena.take(2 * n.queries * cut.tile, size);
     s.rows = arena.take(2 * n.queries * n.features, size);
     s.coefficients = arena.take(2 * n.queries * cut.tile, size);
-    s.deltas = arena.take(2 * n.queries, size);
+    s.deltas = arena.take(3 * n.queries, sizeof(int64_t));
     if (p.scorer == Scorer::additive) {
       s.items = arena.take(cut.tile * n.hidden, size);
       s.query_sums = arena.take(n.queries, 64);
@@ -300,8 +206,9 @@ struct BackwardCall : Call<BackwardParams> {
     return sums;
   }
 
-  void run() const {
+  void run() {
     const int64_t units = cut.spans * p.sizes.heads;
+    pool_rest();
     read_offsets();
     pack(panels, false);
     pack(panels_back, true);

@@ -21,7 +21,7 @@ struct Scratch {
   void* rows;      // [M, D] sums of z forward; [2 M, D] backward: dz, then q where keys are values
   void* largest;
   void* total;              // [M] each, forward: of exp(l - largest)
-  void* deltas;             // [M, 2] backward: dz . z - dlse (pool.simd.h)
+  void* deltas;             // [M] backward: what dz . v is compared with (Delta in pool.simd.h)
   void* coefficients;       // [2 M, tile] backward: p, then de
   void* items;              // additive, gated: gradients of a tile through the scores
   void* query_sums;         // additive backward: a vector of 64 bytes a query
@@ -31,7 +31,18 @@ struct Scratch {
   void* rounded;            // gated backward in bfloat16: da, db and the items as its products take them
   const void* panels;       // gated: V and U for the products x V^T and
   const void* panels_back;  // da V
+  const int64_t* peaks;     // backward: [B, H, M] items, -1 where a row has no peak; null: none has
+  const void* rest_z;       // the pool without them (params.h)
+  const void* rest_top;
 };
+
+inline int64_t rows_of(const Inputs& p) { return p.sizes.batch * p.sizes.heads * p.sizes.queries; }
+
+// Whether row `row` of `rows` has a peak; `top` is [2, rows].
+template <class A>
+bool has_peak(const void* top, int64_t rows, int64_t row) {
+  return static_cast<const A*>(top)[rows + row] > A(kPeaked);  // not where it is NaN
+}
 
 // A row's pool over one unit, to be merged with the row's other units.
 struct Partial {

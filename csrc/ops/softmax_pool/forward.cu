@@ -9,7 +9,25 @@ struct Partial {
   float *largest, *sum, *z;
 };
 
-// Computes   z = sum_n p v, lse, raw scores; of a piece p = exp(l - largest) and z unnormalised
+// lse and top of a row, from its largest logit and sum of exponentials.
+ATTNKERN_DEVICE void store_row(const ForwardParams& p, int64_t row, float largest, float total) {
+  const bool none = total == 0.0f;
+  if (p.lse) store_global(static_cast<float*>(p.lse) + row, none ? -INFINITY : logf(total) + largest);
+  store_global(static_cast<float*>(p.top) + row, none ? 0.0f : largest);
+  store_global(static_cast<float*>(p.top) + rows_of(p) + row, none ? 0.0f : 1.0f / total);
+}
+
+// The pool of the rest (params.h): whether a row has a peak, the item whose logit is above all others by its weight.
+ATTNKERN_DEVICE bool has_peak(const ForwardParams& p, int64_t row) {
+  return load_global(static_cast<const float*>(p.whole) + rows_of(p) + row) > kPeaked;
+}
+// What only the peak's logit is above.
+ATTNKERN_DEVICE float peak_bound(const ForwardParams& p, int64_t row) {
+  const auto* whole = static_cast<const float*>(p.whole) + row;
+  return has_peak(p, row) ? load_global(whole) + logf(kPeak / load_global(whole + rows_of(p))) : INFINITY;
+}
+
+// Computes   z = sum_n p v, lse, top, raw scores; of a piece p = exp(l - largest) and z unnormalised
 // Layout     values [B, H, N, D] or [B, H, D, N], keys likewise; z [B, H, M, D]
 // Mapping    a block: a piece of the items, a head, a block of queries. Tiles of items in shared memory, two stages; a
 //            warp scores 4 items with its lanes along the features, a warp a query makes the weights, a thread owns
@@ -25,7 +43,6 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
   const int block = block_index() % plan.query_blocks;
   const int64_t head = block_index() / plan.query_blocks % heads, unit = block_index() / plan.query_blocks / heads;
   const Piece piece = piece_of(p, plan, unit);
-  const Units units = units_of(p, plan, piece.sample);
   const bool keyed = p.keys.data != nullptr;
   const int stride = plan.padded_queries;
 
@@ -41,9 +58,16 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
   const Span<const T*> value_items = span_of<T>(p.values, items_batch(p, piece.sample), head, features);
   const Span<const T*> key_items =
       keyed ? span_of<T>(p.keys, items_batch(p, piece.sample), head, p.sizes.hidden) : value_items;
-  const int64_t query = int64_t{block} * plan.block_queries;
+  const int64_t query = Queries == 1 ? 0 : int64_t{block} * plan.block_queries;  // the plan pads several to 4
   const int64_t left = queries - query;
   const int own = static_cast<int>(left < plan.block_queries ? left : plan.block_queries);
+
+  const auto row_of = [&](int m) { return (piece.sample * heads + head) * queries + query + m; };
+  if (p.whole) {
+    bool any = false;
+    for (int m = 0; m < own; ++m) any |= has_peak(p, row_of(m));
+    if (!any) return;
+  }
 
   const auto count_of = [&](int64_t item) {
     const int64_t rest = piece.end - item;
@@ -84,6 +108,7 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
               ? static_cast<float*>(p.scores_out) +
                     ((items_batch(p, piece.sample) * heads + head) * queries + query + m) * p.sizes.items + item
               : nullptr;
+      const float bound = p.whole && real ? peak_bound(p, row_of(m)) : INFINITY;
       float top = -INFINITY;
       for (int t = lane_id(); t < plan.tile; t += kWarpSize) {
         float l = -INFINITY;
@@ -91,6 +116,10 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
           const float score = e.load(t * stride + m) + logits.c;
           if (out) store_global(out + t, score);
           l = logits.logit(t, score);
+          if (l > bound) {
+            store_global(p.peaks + row_of(m), item + t);
+            l = -INFINITY;
+          }
         }
         e.store(t * stride + m, l);
         top = l > top ? l : top;
@@ -125,7 +154,7 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
   block_sync();  // no thread reads the tiles any more
   z.merge_groups(Shared<float>::at(reused, z.groups > 1 ? z.slots * Queries * pack_size<T>() : 0));
 
-  const int64_t row = (piece.sample * heads + head) * queries + query;
+  const Units units = units_of(p, plan, piece.sample);
   const bool whole = units.last - units.first == 1;
   const int64_t at = (unit * heads + head) * queries + query;
   z.each([&](int m, int d, float& value) {
@@ -134,7 +163,7 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
     if (!whole)
       store_global(partial.z + (at + m) * features + d, value);
     else
-      store_global(static_cast<float*>(p.z) + (row + m) * features + d, total == 0.0f ? 0.0f : value / total);
+      store_global(static_cast<float*>(p.z) + row_of(m) * features + d, total == 0.0f ? 0.0f : value / total);
   });
   for (int m = thread_index(); m < own; m += block_size()) {
     const float total = sum.load(m), top = largest.load(m);
@@ -142,14 +171,14 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
       store_global(partial.largest + at + m, top);
       store_global(partial.sum + at + m, total);
     } else {
-      store_global(static_cast<float*>(p.lse) + row + m, total == 0.0f ? -INFINITY : logf(total) + top);
+      store_row(p, row_of(m), top, total);
     }
   }
 }
 
 constexpr int kMergeThreads = 128;
 
-// Computes   lse = log sum_s exp(largest_s) sum_s;  z = sum_s exp(largest_s - lse) z_s
+// Computes   lse = log sum_s exp(largest_s) sum_s, top;  z = sum_s exp(largest_s - lse) z_s
 // Layout     partial [units, H, M] and [units, H, M, D]; z [B, H, M, D]
 // Mapping    a block: a row of z, 128 of its features; a sample of one piece has its result already
 // Traffic    the partial sums once
@@ -161,7 +190,7 @@ softmax_pool_merge_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN
   const int64_t features = p.sizes.features, rows = p.sizes.heads * p.sizes.queries;
   const int64_t row = block_index() / blocks, sample = row / rows, own = row % rows;
   const Units units = units_of(p, plan, sample);
-  if (units.last - units.first == 1) return;
+  if (units.last - units.first == 1 || (p.whole && !has_peak(p, row))) return;
   float top = -INFINITY;
   for (int64_t u = units.first + lane_id(); u < units.last; u += kWarpSize) {
     const float l = load_global(partial.largest + u * rows + own);
@@ -178,7 +207,7 @@ softmax_pool_merge_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN
     if (d < features) z += factor * load_global(partial.z + (u * rows + own) * features + d);
   }
   if (d < features) store_global(static_cast<float*>(p.z) + row * features + d, total == 0.0f ? 0.0f : z / total);
-  if (d == 0) store_global(static_cast<float*>(p.lse) + row, total == 0.0f ? -INFINITY : logf(total) + top);
+  if (d == 0) store_row(p, row, top, total);
 }
 
 struct Carved {

@@ -5,6 +5,7 @@
 //          | w . act(k[n] + q[m]) + c[m]                            additive
 //          | w[m] . (act(V v[n] + b_V) * sigmoid(U v[n] + b_U)) + c[m]   gated
 //   l = scale e + bias;  lse[m] = log sum_n exp l[m,n];  p = exp(l - lse);  z[m] = sum_n p[m,n] v[n]
+//   top[m] = largest l[m,n] and its p, of which p is made: exp(l - largest) times that one, as lse is rounded
 //
 // attnkern/ops/softmax_pool/reference.py has every formula, forward and backward. A row without a logit above -inf has
 // lse = -inf, p = 0, z = 0 and no gradient; an item whose bias is -inf has p = 0 whatever its score.
@@ -69,10 +70,23 @@ struct Inputs {
   const int64_t* offsets = nullptr;  // [B + 1] or null; read clamped to 0..N and not decreasing
 };
 
+// A softmax is saturated where one weight is nearly 1. dz . z and that item's dz . v are then nearly the same, and
+// their difference, which its score's gradient is made of, would be the rounding of both. Backward takes it from the
+// pool of the rest, z' of the items without that one: dz . z - dz . v = w' (dz . z' - dz . v), with w' the weight of
+// the rest. kPeaked is far enough above kPeak that no second item passes for the peak, however its logit was rounded.
+constexpr float kPeaked = 0.625f;   // a row whose largest weight is above this has a peak:
+constexpr float kPeak = 0.5f;       // its item of a weight above this
+constexpr float kAlone = 0x1p-54f;  // weight of the rest below which the peak's is 1 in float64, and no gradient left
+
 struct ForwardParams : Inputs {
   void* z = nullptr;           // [acc] [B, H, M, D], dense
-  void* lse = nullptr;         // [acc] [B, H, M]
+  void* lse = nullptr;         // [acc] [B, H, M], or null
+  void* top = nullptr;         // [acc] [2, B, H, M]: the largest logit and its weight, 0 and 0 where none is above -inf
   void* scores_out = nullptr;  // [acc] e [B, H, M, N] ([1, H, M, N] of bags), or null
+  // The pool of the rest: with `whole`, which is top of the pool of all, rows that have a peak are pooled without it,
+  // and which item that is goes to `peaks` [B, H, M]. Of other rows' results and peaks nothing is said.
+  const void* whole = nullptr;
+  int64_t* peaks = nullptr;
   void* workspace = nullptr;
 };
 
@@ -81,7 +95,7 @@ struct BackwardParams : Inputs {
   const void* z = nullptr;        // as the forward wrote it
   const void* dlse = nullptr;     // [acc] [B, H, M], or null
   const void* dscores = nullptr;  // [acc] [B, H, M, N] ([1, H, M, N] of bags), or null
-  const void* lse = nullptr;      // as the forward wrote it
+  const void* top = nullptr;      // as the forward wrote it
   // Outputs; null: not needed. d<name> has the shape of <name>; dV, dU too are [acc].
   Items dvalues;
   Items dkeys;

@@ -102,6 +102,7 @@ bool takes_product(const Problem& p, Plan plan, const cuda::DeviceProperties& de
 
 Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const Force& force) {
   Plan plan{};
+  plan.force = force;
   const Sizes& n = p.sizes;
   const int64_t pack = pack_of(p);
   const bool backward = p.direction == Direction::backward;

@@ -25,6 +25,12 @@ constexpr int kAccumulators = 32;  // weighted sums that a thread has in registe
 constexpr int kProductThreads = 256;
 constexpr int kProductSize = 128;  // rows and columns of a block of the gated scorer's weight gradients
 
+// Tests force what a plan would choose by itself.
+struct Force {
+  int64_t pieces = 0;
+  int tile = 0;
+};
+
 // A sample's items are cut into pieces of `length` (a bag's where a multiple of `length` falls inside it); a block
 // takes a piece, a head and a block of queries, and streams the piece through shared memory in tiles.
 struct Plan {
@@ -48,12 +54,7 @@ struct Plan {
   int64_t grid;
   int shared_bytes;  // too many where the device cannot run it
   int blocks_per_sm;
-};
-
-// Tests force what a plan would choose by itself.
-struct Force {
-  int64_t pieces = 0;
-  int tile = 0;
+  Force force;  // what it was made with; backward plans its pool of the rest alike
 };
 
 Problem problem_of(const ForwardParams& params);

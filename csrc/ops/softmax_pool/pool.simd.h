@@ -1,6 +1,6 @@
 // The pooling loop, forward and backward, over the tiles of a unit.
 //
-//   Computes  l = scale e + bias;  z = sum_n softmax(l) v;  p = exp(l - lse), dl = p (dz . v - dz . z + dlse),
+//   Computes  l = scale e + bias;  z = sum_n softmax(l) v;  p = softmax(l), dl = p (dz . v - dz . z + dlse),
 //             de = scale dl + dscores, dv = sum_m p dz and the scorer's gradients
 //   Layout    items in place, rows or columns (params.h); [M, tile] and [M, D] arrays in the thread's scratch
 //   Mapping   one call a unit: some items of one head of one sample on one thread; lanes along items for the softmax
@@ -40,13 +40,18 @@ ATTNKERN_INLINE Logits<A> logits_of(const Inputs& p, const Unit& u, int64_t samp
 
 // ---- forward
 
-// e becomes exp(l - largest), 0 from n to a whole vector; returns what earlier sums are multiplied by.
+// e becomes l
 template <class A>
-ATTNKERN_INLINE A online_softmax(const Logits<A>& logits, A* e, int64_t n, A& largest, A& total) {
-  constexpr int64_t lanes = kLanes<A>;
-  Vec<A> top = splat(-kInfinity<A>);
+ATTNKERN_INLINE void to_logits(const Logits<A>& logits, A* e, int64_t n) {
   each_vector<A>(n,
                  [&](int64_t i, auto access) ATTNKERN_INLINE_LAMBDA { access.write(e + i, logits.at(e, i, access)); });
+}
+
+// l becomes exp(l - largest), 0 from n to a whole vector; returns what earlier sums are multiplied by.
+template <class A>
+ATTNKERN_INLINE A online_softmax(A* e, int64_t n, A& largest, A& total) {
+  constexpr int64_t lanes = kLanes<A>;
+  Vec<A> top = splat(-kInfinity<A>);
   for (int64_t i = n; i % lanes; ++i) e[i] = -kInfinity<A>;
   for (int64_t i = 0; i < n; i += lanes) {
     const Vec<A> l = load(e + i);
@@ -66,19 +71,33 @@ ATTNKERN_INLINE A online_softmax(const Logits<A>& logits, A* e, int64_t n, A& la
   return rescale;
 }
 
+// The logit of a row's peak becomes -inf, where it is one of these n from `begin` on; says which item it is.
+template <class A>
+void leave_out_peak(const ForwardParams& p, int64_t row, int64_t begin, A* l, int64_t n) {
+  const int64_t rows = rows_of(p);
+  if (!has_peak<A>(p.whole, rows, row)) return;
+  const A largest = static_cast<const A*>(p.whole)[row], weight = static_cast<const A*>(p.whole)[rows + row];
+  const A bound = largest + std::log(A(kPeak) / weight);
+  for (int64_t i = 0; i < n; ++i)
+    if (l[i] > bound) p.peaks[row] = begin + i, l[i] = -kInfinity<A>;
+}
+
 template <class A>
 ATTNKERN_INLINE void multiply(A* row, int64_t n, A factor) {
   each_vector<A>(n, [&](int64_t i, auto access) { access.write(row + i, access.read(row + i) * factor); });
 }
 
-// z = sum / total and lse of one row
+// z = sum / total, lse and top of one row
 template <class A>
 ATTNKERN_INLINE void finish(const ForwardParams& p, int64_t b, int64_t h, int64_t m, A largest, A total,
                             const A* sums) {
   const int64_t row = (b * p.sizes.heads + h) * p.sizes.queries + m;
   A* z = static_cast<A*>(p.z) + row * p.sizes.features;
   const bool none = total == 0;
-  static_cast<A*>(p.lse)[row] = none ? -kInfinity<A> : static_cast<A>(std::log(double{total}) + largest);
+  if (p.lse) static_cast<A*>(p.lse)[row] = none ? -kInfinity<A> : static_cast<A>(std::log(double{total}) + largest);
+  A* top = static_cast<A*>(p.top) + row;
+  top[0] = none ? A(0) : largest;
+  top[rows_of(p)] = none ? A(0) : 1 / total;
   each_vector<A>(p.sizes.features,
                  [&](int64_t i, auto access) { access.write(z + i, none ? Vec<A>{} : access.read(sums + i) / total); });
 }
@@ -104,8 +123,9 @@ void pool_unit(const ForwardParams& p, const Unit& u, const Scratch& s, const Pa
         const int64_t to = (scorer.sample * p.sizes.heads + u.h) * queries + m;
         std::memcpy(static_cast<A*>(p.scores_out) + to * p.sizes.items + begin, row, n * sizeof(A));
       }
-      const auto logits = logits_of<A>(p, u, scorer.sample, m, begin);
-      const A rescale = online_softmax(logits, row, n, largest[m], total[m]);
+      to_logits(logits_of<A>(p, u, scorer.sample, m, begin), row, n);
+      if (p.whole) leave_out_peak(p, (u.b * p.sizes.heads + u.h) * queries + m, begin, row, n);
+      const A rescale = online_softmax(row, n, largest[m], total[m]);
       if (rescale != 1) multiply(z + m * features, features, rescale);
     }
     add_items(e, s.tile, queries, scorer.values(), n, features, z);
@@ -144,33 +164,51 @@ void merge_parts(const ForwardParams& p, int64_t b, int64_t h, const Partial& fi
 
 // ---- backward
 
-// dz . z of a row, z multiplied as its items are: where it is one of them, as where a softmax saturates, dp - same is 0
-// and no rounding of |dz| |z|. That order may be a chain of D terms; excess is what it adds to one of D / lanes.
+// dl = p (dz . v - delta) of a row's items, but p left of its peak.
 template <class A>
 struct Delta {
-  A same, excess;  // same less dlse
+  A delta, left;
+  int64_t peak;  // item, or -1
 };
 
-template <class A>
-ATTNKERN_INLINE Delta<A> delta_of(const A* dz, const A* z, const A* dlse, int64_t features, bool columns) {
-  A same, accurate;
-  dot_items(dz, 1, Tile<const A>{z, features, false}, 1, features, &accurate, 1);
-  dot_items(dz, 1, Tile<const A>{z, columns ? 1 : features, columns}, 1, features, &same, 1);
-  return {dlse ? same - *dlse : same, same - accurate};
+template <class T, class A>
+ATTNKERN_INLINE Delta<A> delta_of(const BackwardParams& p, const Scratch& s, const Unit& u, int64_t m, const A* dz) {
+  const int64_t features = p.sizes.features, rows = rows_of(p);
+  const int64_t row = (u.b * p.sizes.heads + u.h) * p.sizes.queries + m;
+  const A dlse = p.dlse ? static_cast<const A*>(p.dlse)[row] : A(0);
+  const auto times = [&](const void* z) {
+    A dot;
+    dot_items(dz, 1, Tile<const A>{static_cast<const A*>(z) + row * features, features, false}, 1, features, &dot, 1);
+    return dot;
+  };
+  const int64_t peak = s.peaks ? s.peaks[row] : -1;
+  if (peak < 0) return {times(p.z) - dlse, A(0), -1};
+  A dp, excess = 0;  // dz . v of the peak, and dz . z less that
+  dot_items(dz, 1, tile_of<const T>(p.values, features, p.offsets ? 0 : u.b, u.h, peak), 1, features, &dp, 1);
+  const A *top = static_cast<const A*>(p.top) + row, *rest = static_cast<const A*>(s.rest_top) + row;
+  const A weight = rest[rows] == 0 ? A(0) : std::exp(rest[0] - top[0]) * top[rows] / rest[rows];
+  if (!(weight < A(kAlone))) excess = weight * (times(s.rest_z) - dp);
+  return {dp + excess - dlse, dp - dp - excess + dlse, peak};  // dp - dp: NaN where it is not finite, as eager's
 }
 
 // From e and dp = dz . v of a row: p, de and the gradient of the logits (which may be null).
 template <class A>
-ATTNKERN_INLINE void softmax_backward(const Logits<A>& logits, const A* e, const A* dp, int64_t n, A lse,
-                                      const Delta<A>& delta, A scale, const A* dscores, A* p, A* de, A* dlogits) {
+ATTNKERN_INLINE void softmax_backward(const Logits<A>& logits, const A* e, const A* dp, int64_t begin, int64_t n,
+                                      A largest, A weight, const Delta<A>& delta, A scale, const A* dscores, A* p,
+                                      A* de, A* dlogits) {
   each_vector<A>(n, [&](int64_t i, auto access) ATTNKERN_INLINE_LAMBDA {
-    const Vec<A> l = logits.at(e, i, access), none{};
-    const Vec<A> pi = lse == -kInfinity<A> ? none : (l == -kInfinity<A> && lse == lse) ? none : exp(l - lse);
-    const Vec<A> dl = pi * (access.read(dp + i) - delta.same + (1 - pi) * delta.excess);
+    const Vec<A> pi = exp(logits.at(e, i, access) - largest) * weight;
+    const Vec<A> dl = pi * (access.read(dp + i) - delta.delta);
     access.write(p + i, pi);
     access.write(de + i, dscores ? scale * dl + access.read(dscores + i) : scale * dl);
     if (dlogits) access.write(dlogits + i, dl);
   });
+  const int64_t i = delta.peak - begin;
+  if (i < 0 || i >= n) return;
+  p[i] = weight;  // however its logit was rounded this time
+  const A dl = p[i] * delta.left;
+  de[i] = dscores ? scale * dl + dscores[i] : scale * dl;
+  if (dlogits) dlogits[i] = dl;
 }
 
 template <class T, class Scorer>
@@ -187,20 +225,17 @@ void unpool_unit(const BackwardParams& p, const Unit& u, const Scratch& s, const
   each_vector<A>(queries * features, [&](int64_t i, auto access) { access.write(rows + i, access.read(dz + i)); });
   if (joint) std::memcpy(rows + queries * features, scorer.rows(), queries * features * sizeof(A));
   const int64_t count = joint ? 2 * queries : queries;
+  for (int64_t m = 0; m < queries; ++m) deltas[m] = delta_of<T>(p, s, u, m, rows + m * features);
+  const A *largest = static_cast<const A*>(p.top) + first_row, *weight = largest + rows_of(p);
   for (int64_t begin = u.begin; begin < u.end; begin += s.tile) {
     const int64_t n = u.end - begin < s.tile ? u.end - begin : s.tile;
     scorer.at(begin, n);
-    if (begin == u.begin)
-      for (int64_t m = 0; m < queries; ++m)
-        deltas[m] = delta_of(rows + m * features, static_cast<const A*>(p.z) + (first_row + m) * features,
-                             p.dlse ? static_cast<const A*>(p.dlse) + first_row + m : nullptr, features,
-                             scorer.values().columns);
     dot_items(rows, count, scorer.values(), n, features, dp, s.tile);
     joint ? scorer.add_c(e) : scorer.score(e);
     for (int64_t m = 0; m < queries; ++m) {
       const int64_t at = ((scorer.sample * p.sizes.heads + u.h) * queries + m) * p.sizes.items + begin;
-      softmax_backward(logits_of<A>(p, u, scorer.sample, m, begin), e + m * s.tile, dp + m * s.tile, n,
-                       static_cast<const A*>(p.lse)[first_row + m], deltas[m], static_cast<A>(p.scale),
+      softmax_backward(logits_of<A>(p, u, scorer.sample, m, begin), e + m * s.tile, dp + m * s.tile, begin, n,
+                       largest[m], weight[m], deltas[m], static_cast<A>(p.scale),
                        p.dscores ? static_cast<const A*>(p.dscores) + at : nullptr, weights + m * s.tile,
                        de + m * s.tile, p.dlogits ? static_cast<A*>(p.dlogits) + at : nullptr);
     }

@@ -64,34 +64,37 @@ void fill(Inputs& p, const Call& t) {
   p.offsets = static_cast<const int64_t*>(glue::data_or_null(t.offsets));
 }
 
-std::tuple<Tensor, Tensor, Tensor> forward(const Tensor& values, const MaybeTensor& keys, const MaybeTensor& query,
-                                           const MaybeTensor& scores, const MaybeTensor& V, const MaybeTensor& b_V,
-                                           const MaybeTensor& U, const MaybeTensor& b_U, const MaybeTensor& w,
-                                           const MaybeTensor& c, const MaybeTensor& bias, const MaybeTensor& offsets,
-                                           const std::string& scorer, const std::string& act, double scale,
-                                           bool return_scores) {
+std::tuple<Tensor, Tensor, Tensor, Tensor> forward(const Tensor& values, const MaybeTensor& keys,
+                                                   const MaybeTensor& query, const MaybeTensor& scores,
+                                                   const MaybeTensor& V, const MaybeTensor& b_V, const MaybeTensor& U,
+                                                   const MaybeTensor& b_U, const MaybeTensor& w, const MaybeTensor& c,
+                                                   const MaybeTensor& bias, const MaybeTensor& offsets,
+                                                   const std::string& scorer, const std::string& act, double scale,
+                                                   bool return_scores) {
   ForwardParams p{};
   fill(p, {values, keys, query, scores, V, b_V, U, b_U, w, c, bias, offsets, scorer, act, scale});
   const auto acc = glue::accumulation_scalar(values);
   const Sizes& n = p.sizes;
   Tensor z = glue::empty(values, std::array<int64_t, 4>{n.batch, n.heads, n.queries, n.features}, acc);
   Tensor lse = glue::empty(values, std::array<int64_t, 3>{n.batch, n.heads, n.queries}, acc);
+  Tensor top = glue::empty(values, std::array<int64_t, 4>{2, n.batch, n.heads, n.queries}, acc);
   Tensor raw = return_scores
                    ? glue::empty(values, std::array<int64_t, 4>{values.size(0), n.heads, n.queries, n.items}, acc)
                    : glue::nothing(values, acc);
   p.z = glue::mutable_or_null(z);
   p.lse = glue::mutable_or_null(lse);
+  p.top = glue::mutable_or_null(top);
   p.scores_out = glue::mutable_or_null(raw);
   glue::launch("softmax_pool", p, values, {launch_forward_cpu, forward_workspace_cpu},
                {ATTNKERN_CUDA(launch_forward_cuda, forward_workspace_cuda)});
-  return {z, lse, raw};
+  return {z, lse, top, raw};
 }
 
 std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor> backward(
     const Tensor& dz, const Tensor& z, const MaybeTensor& dlse, const MaybeTensor& dscores, const Tensor& values,
     const MaybeTensor& keys, const MaybeTensor& query, const MaybeTensor& scores, const MaybeTensor& V,
     const MaybeTensor& b_V, const MaybeTensor& U, const MaybeTensor& b_U, const MaybeTensor& w, const MaybeTensor& c,
-    const MaybeTensor& bias, const MaybeTensor& offsets, const Tensor& lse, const std::string& scorer,
+    const MaybeTensor& bias, const MaybeTensor& offsets, const Tensor& top, const std::string& scorer,
     const std::string& act, double scale, bool need_values, bool need_keys, bool need_query, bool need_weights,
     bool need_logits) {
   BackwardParams p{};
@@ -118,7 +121,7 @@ std::tuple<Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tenso
   p.z = glue::data_or_null(z);
   p.dlse = glue::data_or_null(dlse);
   p.dscores = glue::data_or_null(dscores);
-  p.lse = glue::data_or_null(lse);
+  p.top = glue::data_or_null(top);
   p.dvalues = mutable_items(dvalues);
   p.dkeys = mutable_items(dkeys);
   p.dquery = glue::mutable_or_null(dquery);

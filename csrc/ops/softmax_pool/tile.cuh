@@ -208,7 +208,10 @@ ATTNKERN_DEVICE void put(const Tile<T>& from, const Span<T*>& to, int64_t first,
   }
 }
 
-// ------------------------------------------------------------------ pieces
+// ------------------------------------------------------------------ rows and pieces
+
+// [B, H, M] of a call.
+ATTNKERN_HOST_DEVICE int64_t rows_of(const Inputs& p) { return p.sizes.batch * p.sizes.heads * p.sizes.queries; }
 
 // Items [begin, end) of a sample (of a bag: in the row of all items).
 struct Piece {
