@@ -32,11 +32,10 @@ from torch import Tensor
 
 SCORERS = ("given", "dot", "additive", "gated")
 ACTS = ("tanh", "relu", "gelu")
-PEAKED = 0.625  # a row whose largest weight is above this has a peak, whose gradient needs care:
-PEAK = 0.5  # its item of a weight above this; csrc/ops/softmax_pool/params.h says why
-ALONE = (
-    2.0**-54
-)  # the weight of all others below which that of one is 1 in float64, and no gradient left
+# A row whose largest weight is above PEAKED has a peak, its item of a weight above PEAK, whose gradient needs care
+# (csrc/ops/softmax_pool/params.h says why). Where all others weigh less than ALONE, that weight is 1 in float64 and
+# no gradient is left.
+PEAKED, PEAK, ALONE = 0.625, 0.5, 2.0**-54
 
 
 class Options(NamedTuple):
