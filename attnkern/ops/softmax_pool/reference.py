@@ -214,7 +214,7 @@ def softmax(logits: Tensor, i: Inputs) -> Softmax:
     fixed = logits.detach()
     top = largest_item(fixed, i)
     largest = at_item(fixed, top, i)
-    real = largest > float("-inf")
+    real = largest.isfinite()  # infinite, it makes NaN of its row: inf - inf
     items = torch.arange(logits.shape[3], device=logits.device)
     base = torch.where(largest == float("-inf"), 0.0, largest)
     others = torch.where(items == of_row(top, i), 0.0, torch.exp(fixed - of_row(base, i)))
