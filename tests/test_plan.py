@@ -208,6 +208,15 @@ def test_waves_choose_the_cluster():
     assert ask("forward", few, batch=32, **query)["cluster"] == 2
 
 
+@pytest.mark.parametrize("sms", [66, 108, 148])
+def test_a_streamed_map_fills_the_sms_that_the_device_has(sms):
+    query = {"batch": 8, "channels": 64, "length": 128**3, "hidden": 8, "dtype_bytes": 4}
+    for direction in DIRECTIONS:
+        plan = ask(direction, {**H200, "sm_count": sms}, **query)
+        assert plan["strategy"] == "streaming"
+        assert plan["grid"] == sms * plan["blocks_per_sm"]
+
+
 def test_clusters_that_the_device_refuses_are_not_used():
     query = {"batch": 8, "channels": 256, "length": 56 * 56, "hidden": 16, "dtype_bytes": 4}
     assert ask("forward", H200, **query)["cluster"] == 16
