@@ -21,23 +21,13 @@ EXCESSES = (0.5, 0.4, 0.36, 0.2, 0.05, 1e-2, 1e-3, 1e-4, 1e-5, 1e-6, 2e-7, 6e-8,
 CALLS = calls(
     *("pool", "pool_queries", "pool_mask", "pool_map", "pool_bags"),
     *("context", "context_queries", "context_wide"),
-    *(
-        "query_heads",
-        "latent_queries",
-        "latent_projected",
-        "latent_mask",
-        "query_keys",
-        "query_bags",
-    ),
+    *("query_heads", "query_keys", "query_bags"),
+    *("latent_queries", "latent_projected", "latent_mask"),
     *("additive", "additive_classes", "additive_mask", "additive_bags"),
     *("gated", "gated_branches", "gated_mask", "gated_map", "gated_bags", "ungated"),
 )
-BIASES = (
-    "bias",
-    "k_bias",
-    "c",
-    "b_w",
-)  # which move nothing but scores and lse: z alone has noise for them
+# move nothing but scores and lse: z alone has noise for them
+BIASES = ("bias", "k_bias", "c", "b_w")
 ALL = ("weights", "scores", "lse")
 
 

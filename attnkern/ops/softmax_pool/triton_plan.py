@@ -26,6 +26,12 @@ class Shape(NamedTuple):
     ragged: bool
     device: torch.device
 
+    @property
+    def sizes(self) -> Arguments:
+        """Those that every kernel takes."""
+        names = ("heads", "items", "queries", "features")
+        return {name: getattr(self, name) for name in names}
+
 
 def shape_of(i: Inputs) -> Shape:
     batch, heads, queries = rows_of(i)
