@@ -57,12 +57,12 @@ def test_imports_no_optional_package_and_starts_no_device():
 
 
 def test_import_costs_little_over_torch():
-    """The best of three fresh interpreters: 150 ms."""
+    """The best of three fresh interpreters: 150 ms of one core, whoever else runs."""
     code = """
         import time, torch
-        start = time.perf_counter()
+        start = time.process_time()
         import attnkern
-        print(time.perf_counter() - start)
+        print(time.process_time() - start)
     """
     best = min(float(fresh(code)) for _ in range(3))
     assert best < 0.15, f"{best * 1e3:.0f} ms"

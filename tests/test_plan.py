@@ -342,11 +342,19 @@ def check_pool(plan, device, query):
         assert (plan["pieces"] - 1) * plan["length"] < max(query["items"], 1)
         assert plan["pieces"] * plan["length"] >= query["items"]
     if plan["product"]:
-        assert query["scorer"] == "gated"
         assert query["dtype_bytes"] == 2
         assert plan["tile"] % 16 == 0
-        assert plan["value_width"] % 32 == 0
-        assert plan["threads"] == 256
+        if query["scorer"] == "gated":
+            assert plan["value_width"] % 32 == 0
+            assert plan["threads"] == 256
+        else:
+            # a warp has at most 9 steps of 16 features
+            assert query["scorer"] == "dot"
+            assert plan["block_queries"] == 16
+            for width in (plan["value_width"], plan["key_width"]):
+                assert width % 16 == 0
+                assert width <= 8 * 9 * 16
+            assert plan["threads"] == 256
 
 
 @pytest.mark.parametrize("scorer", SCORERS)
@@ -400,6 +408,23 @@ def test_the_tensor_cores_get_the_longest_tiles(features, tile, stages):
     plan = ask_pool("forward", H200, features=features, dtype_bytes=2, **query)
     assert (plan["product"], plan["tile"], plan["stages"]) == (1, tile, stages)
     assert ask_pool("forward", H200, features=features, dtype_bytes=4, **query)["product"] == 0
+
+
+@pytest.mark.parametrize(("features", "tile"), [(512, 64), (1152, 32)])
+def test_many_queries_take_the_tensor_cores(features, tile):
+    """Sixteen queries share what is read of an item; few, floats and gradients are left to multiply-adds."""
+    query = {"scorer": "dot", "batch": 32, "items": 729, "hidden": features, "features": features}
+    plan = ask_pool("forward", H200, queries=16, dtype_bytes=2, **query)
+    check_pool(plan, H200, {**query, "queries": 16, "dtype_bytes": 2})
+    assert (plan["product"], plan["query_blocks"], plan["stages"]) == (1, 1, 2)
+    assert plan["tile"] == tile
+    few = {"queries": 4, "dtype_bytes": 2}, {"queries": 16, "dtype_bytes": 4}
+    for other in few:
+        assert ask_pool("forward", H200, **other, **query)["product"] == 0
+    assert ask_pool("backward", H200, queries=16, dtype_bytes=2, **query)["product"] == 0
+    small = device(86, 84, 99, 100, 6, 84, 0, 0, 0, 0)
+    plan = ask_pool("forward", small, queries=16, dtype_bytes=2, keyed=1, **query)
+    assert plan["shared_bytes"] <= 99 * KB
 
 
 def test_the_hidden_gradients_of_a_chunk_fit_in_l2():

@@ -54,4 +54,23 @@ ATTNKERN_DEVICE Vec<T, N> narrow(const Vec<float, N>& wide) {
   return pack;
 }
 
+// w = high + low, both with w's sign and not 0: an infinite x then meets infinities of one sign, and no 0.
+template <class T>
+ATTNKERN_DEVICE void split(float w, T& high, T& low) {
+  high = narrow<T>(w);
+  uint16_t bits;
+  memcpy(&bits, &high, sizeof(T));
+  const auto step_to_zero = [&] {
+    --bits;
+    memcpy(&high, &bits, sizeof(T));
+  };
+  const bool special = w != w || w - w != 0.0f;
+  if (!special && fabsf(widen(high)) > fabsf(w)) step_to_zero();
+  low = special ? high : narrow<T>(w - widen(high));
+  if (widen(low) == 0.0f && widen(high) != 0.0f) {
+    step_to_zero();
+    low = narrow<T>(w - widen(high));
+  }
+}
+
 }  // namespace attnkern::cuda

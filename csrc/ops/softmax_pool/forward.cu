@@ -1,8 +1,11 @@
 // Forward: pieces of the items are pooled side by side, then merged in order.
 #include "ops/softmax_pool/launch.cuh"
+#include "ops/softmax_pool/many_queries.cuh"
 
 namespace attnkern::softmax_pool {
 namespace {
+
+struct Nothing {};
 
 // What a piece leaves where its sample has more than one: [units, H, M] and [units, H, M, D].
 struct Partial {
@@ -34,11 +37,12 @@ ATTNKERN_DEVICE float peak_bound(const ForwardParams& p, int64_t row) {
 //            features of z in registers
 // Traffic    items once; queries and weights from L2 once a tile
 // Numerics   float; sums of a tile, then of tiles in order; running maximum
+//            Many queries of 16-bit items: both products on the tensor cores (many_queries.cuh), z one chain
 template <class T, class ScorerT, int Queries>
 ATTNKERN_KERNEL(ScorerT::threads, 1)
 softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_GRID_CONSTANT const Plan plan,
                         const Partial partial, const T* packed) {
-  constexpr bool product = std::is_same_v<ScorerT, GatedProductScorer>;
+  constexpr bool gated = std::is_same_v<ScorerT, GatedProductScorer>, many = std::is_same_v<ScorerT, ManyQueriesScorer>;
   const int64_t heads = p.sizes.heads, queries = p.sizes.queries, features = p.sizes.features;
   const int block = block_index() % plan.query_blocks;
   const int64_t head = block_index() / plan.query_blocks % heads, unit = block_index() / plan.query_blocks / heads;
@@ -53,7 +57,7 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
   const Stages<T> values = take_stages<T>(arena, plan.stages, plan.tile, plan.value_width);
   const Stages<T> keys = keyed ? take_stages<T>(arena, plan.stages, plan.tile, plan.key_width) : values;
   const Shared<float> e = arena.take<float>(plan.tile * stride);
-  const Shared<float> by_warp = arena.take<float>(product ? warp_count() * plan.tile * stride : 0);
+  const Shared<float> by_warp = arena.take<float>(gated || many ? warp_count() * plan.tile * stride : 0);
 
   const Span<const T*> value_items = span_of<T>(p.values, items_batch(p, piece.sample), head, features);
   const Span<const T*> key_items =
@@ -81,8 +85,13 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
     async_commit();
   };
 
-  Accumulator<T, Queries> z;
+  std::conditional_t<many, ManySums<T>, Accumulator<T, Queries>> z;
   z.start(stride, plan.value_width);
+  std::conditional_t<many, ManyQueries<T>, Nothing> parts;
+  if constexpr (many)
+    parts.load(matrix<2, float>(softmax_pool::row_of(p.query, piece.sample, head, query), p.query.stride_query, own,
+                                p.sizes.hidden),
+               factor);
   for (int m = thread_index(); m < stride; m += block_size()) {
     largest.store(m, -INFINITY);
     sum.store(m, 0.0f);
@@ -95,8 +104,10 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
     block_sync();  // this tile is there, and the other stage was read
     if (plan.stages == 2) start_tile(item + plan.tile, stage ^ 1);
     const View<T> view{p, piece.sample, head, query, own, values[stage], keys[stage], item, count_of(item), e, stride};
-    if constexpr (product)
+    if constexpr (gated)
       ScorerT::score(view, packed, by_warp, [](int, int, float, float) {});
+    else if constexpr (many)
+      parts.score(view, by_warp);
     else
       ScorerT::template score<Queries>(view);
     block_sync();
@@ -157,7 +168,7 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
   const Units units = units_of(p, plan, piece.sample);
   const bool whole = units.last - units.first == 1;
   const int64_t at = (unit * heads + head) * queries + query;
-  z.each([&](int m, int d, float& value) {
+  z.each([&](int m, int d, float value) {
     if (m >= own || d >= features) return;
     const float total = sum.load(m);
     if (!whole)
@@ -227,7 +238,8 @@ Carved carve(const ForwardParams& p, const Plan& plan, void* base) {
     c.partial.sum = carver.take<float>(rows);
     c.partial.z = carver.take<float>(rows * p.sizes.features);
   }
-  if (plan.product) c.packed = carver.take<uint16_t>(packed_size(p.sizes.hidden, plan.value_width));
+  if (plan.product && p.scorer == Scorer::gated)
+    c.packed = carver.take<uint16_t>(packed_size(p.sizes.hidden, plan.value_width));
   c.bytes = carver.bytes;
   return c;
 }
@@ -249,6 +261,10 @@ Status launch_forward_cuda(const ForwardParams& p, const Plan& plan, void* strea
     T* const packed = static_cast<T*>(c.packed);
     if constexpr (std::is_same_v<S, GatedProductScorer>)
       if (const Status status = launch_pack<T>(p, plan, packed, stream); !status.ok()) return status;
+    if constexpr (std::is_same_v<S, DotScorer> && sizeof(T) == 2)
+      if (plan.product)
+        return launch(softmax_pool_fwd_kernel<T, ManyQueriesScorer, kManyQueries>, config, stream, p, plan, c.partial,
+                      packed);
     return plan.padded_queries == 1
                ? launch(softmax_pool_fwd_kernel<T, S, 1>, config, stream, p, plan, c.partial, packed)
                : launch(softmax_pool_fwd_kernel<T, S, 4>, config, stream, p, plan, c.partial, packed);

@@ -12,7 +12,8 @@ namespace {
 
 // Tuning, apart from the algorithm.
 constexpr int kMostItems = 64;             // of a tile
-constexpr int kProductQueries = 16;        // of the product: each warp has sums of its own for all of them
+constexpr int kProductQueries = 16;        // of the gated product: each warp has sums of its own for all of them
+constexpr int kFewQueries = 4;             // so many share what is read of a tile without tensor cores
 constexpr int64_t kLeastPieceTiles = 2;    // a piece pays for its start and its merge
 constexpr int64_t kChunkBytes = 32 << 20;  // of the gated scorer's hidden gradients: they stay in L2
 
@@ -64,12 +65,12 @@ int64_t choose_pieces(const Problem& p, const Plan& plan, const cuda::DeviceProp
   return best;
 }
 
-// Tiles as long as fit. Two blocks an SM where four items do, so that one's loads hide the other's barriers. The
-// product reads V and U from L2 once a tile: its tiles are long before they are two.
+// Tiles as long as fit. Two blocks an SM where the shortest do, so that one's loads hide the other's barriers. The
+// gated product reads V and U from L2 once a tile: its tiles are long before they are two.
 void choose_tile(const Problem& p, Plan& plan, const cuda::DeviceProperties& device) {
   const int64_t whole = device.shared_bytes_per_block;
   plan.stages = 2;
-  if (plan.product) {
+  if (plan.product && p.scorer == Scorer::gated) {
     plan.blocks_per_sm = 1;
     for (plan.tile = kMostItems; plan.tile > 16 && plan.tile / 2 >= p.sizes.items;) plan.tile /= 2;
     for (; plan.tile > 16; plan.tile /= 2)
@@ -80,22 +81,34 @@ void choose_tile(const Problem& p, Plan& plan, const cuda::DeviceProperties& dev
     return;
   }
   const int64_t half = std::min<int64_t>(whole, device.shared_bytes_per_sm / 2 - 1024);
-  const bool two = p.direction == Direction::forward && shared_bytes(p, plan, 4) <= half;
+  plan.tile = plan.product ? 16 : 4;
+  const bool two = p.direction == Direction::forward && !plan.product && shared_bytes(p, plan, plan.tile) <= half;
   const int64_t limit = two ? half : whole;
   plan.blocks_per_sm = two && plan.threads < kMostThreads ? 2 : 1;
-  plan.tile = 4;
   while (plan.tile < kMostItems && shared_bytes(p, plan, 2 * plan.tile) <= limit && plan.tile < p.sizes.items)
     plan.tile *= 2;
 }
 
-// The gated scorer on the tensor cores, where a tile of 16 items fits.
-bool takes_product(const Problem& p, Plan plan, const cuda::DeviceProperties& device) {
-  if (p.scorer != Scorer::gated || p.dtype_bytes != 2 || plan.padded_queries > kProductQueries) return false;
-  if (plan.threads != kProductThreads) return false;
-  plan.product = true;
-  plan.stages = 1;
-  plan.value_width = static_cast<int>(round_up(p.sizes.features, 32));
-  return shared_bytes(p, plan, 16) <= device.shared_bytes_per_block;
+// Takes the tensor cores for 16-bit items, where a tile of 16 of them fits: for the gated scorer, and forward for the
+// scores and sums of many queries.
+void take_product(const Problem& p, Plan& plan, const cuda::DeviceProperties& device) {
+  if (p.dtype_bytes != 2) return;
+  Plan with = plan;
+  with.product = true;
+  with.stages = p.scorer == Scorer::gated ? 1 : 2;  // at least
+  if (p.scorer == Scorer::gated) {
+    if (plan.padded_queries > kProductQueries || plan.threads != kProductThreads) return;
+    with.value_width = with.key_width = static_cast<int>(round_up(p.sizes.features, 32));
+  } else {
+    if (p.scorer != Scorer::dot || p.direction == Direction::backward || p.sizes.queries <= kFewQueries) return;
+    with.value_width = static_cast<int>(round_up(p.sizes.features, kManyStep));
+    with.key_width = p.keyed ? static_cast<int>(round_up(p.sizes.hidden, kManyStep)) : with.value_width;
+    with.threads = kProductThreads;
+    if (std::max(with.value_width, with.key_width) > kProductThreads / 32 * kManySteps * kManyStep) return;
+    with.block_queries = with.padded_queries = kManyQueries;
+    with.query_blocks = static_cast<int>(ceil_div(p.sizes.queries, kManyQueries));
+  }
+  if (shared_bytes(p, with, 16) <= device.shared_bytes_per_block) plan = with;
 }
 
 }  // namespace
@@ -122,8 +135,7 @@ Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const For
   plan.padded_queries = plan.block_queries;
 
   plan.held = !backward || p.scorer != Scorer::dot || padded <= held_queries(p, plan, padded == 1);
-  plan.product = takes_product(p, plan, device);
-  if (plan.product) plan.value_width = plan.key_width = static_cast<int>(round_up(n.features, 32));
+  take_product(p, plan, device);
   choose_tile(p, plan, device);
   if (force.tile) plan.tile = force.tile;
   plan.shared_bytes = static_cast<int>(std::min<int64_t>(shared_bytes(p, plan, plan.tile), INT32_MAX));

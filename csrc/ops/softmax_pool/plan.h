@@ -22,6 +22,9 @@ struct Problem {
 
 constexpr int kMostThreads = 512;
 constexpr int kAccumulators = 32;  // weighted sums that a thread has in registers
+constexpr int kManyQueries = 16;   // that share a block's products on the tensor cores
+constexpr int kManyStep = 16;      // features of one product
+constexpr int kManySteps = 9;      // of a warp: its queries and sums take 144 registers a thread; ten spill
 constexpr int kProductThreads = 256;
 constexpr int kProductSize = 128;  // rows and columns of a block of the gated scorer's weight gradients
 
@@ -35,7 +38,7 @@ struct Force {
 // takes a piece, a head and a block of queries, and streams the piece through shared memory in tiles.
 struct Plan {
   int threads;
-  bool product;     // the gated scorer's, on the tensor cores
+  bool product;     // on the tensor cores: the gated scorer, or forward's many queries
   bool held;        // a block's registers hold its sums of dquery from tile to tile
   int stages;       // tiles in shared memory
   int tile;         // items of one

@@ -1,0 +1,156 @@
+// Dot scores and weighted sums of 16 queries on the tensor cores, for 16-bit items. Scores and weights are float: they
+// enter in two 16-bit parts, so that a product keeps 16 bits of them (float16: 22).
+#pragma once
+
+#include "cuda/mma.cuh"
+#include "ops/softmax_pool/scorers.cuh"
+
+namespace attnkern::softmax_pool {
+
+// Features are dealt to warps in steps of 16: f(i, first feature) for this warp's i-th step.
+template <class F>
+ATTNKERN_DEVICE void each_step(int width, const F& f) {
+#pragma unroll
+  for (int i = 0; i < kManySteps; ++i) {
+    const int d = (warp_id() + i * warp_count()) * kManyStep;
+    if (d < width) f(i, d);
+  }
+}
+
+// Two neighbours of a fragment, in parts.
+template <class T>
+ATTNKERN_DEVICE void split_pair(float first, float second, uint32_t& high, uint32_t& low) {
+  T parts[2][2];
+  split(first, parts[0][0], parts[1][0]);
+  split(second, parts[0][1], parts[1][1]);
+  memcpy(&high, parts[0], 4);
+  memcpy(&low, parts[1], 4);
+}
+
+// e = q . k of a tile. A warp keeps its steps of the queries in registers for all tiles; the sums of warps are added in
+// order. float16 has a short range: a query is multiplied by the power of two that brings its largest to 2^14.
+template <class T>
+struct ManyQueries {
+  FragmentB parts[kManySteps][2][2] = {};  // step, 8 queries, part
+  float back;                              // the power of two off again, of query thread_index() % 16
+
+  // `scales` has 16 floats, free until the next barrier but one.
+  ATTNKERN_DEVICE void load(const Matrix<float>& queries, const Shared<float>& scales) {
+    for (int m = warp_id(); m < kManyQueries; m += warp_count()) {
+      float largest = 0.0f;
+      for (int d = lane_id(); m < queries.count && d < queries.features; d += kWarpSize) {
+        const float q = fabsf(load_global(queries.data + m * queries.stride + d));
+        largest = q > largest ? q : largest;
+      }
+      largest = group_max(largest);
+      const bool scaled = largest > 0.0f && largest < INFINITY;
+      const int exponent = scaled ? ilogbf(largest) : 14;
+      if (lane_id() == 0)
+        scales.store(m, ldexpf(1.0f, 14 - (exponent < -100 ? -100 : exponent > 100 ? 100 : exponent)));
+    }
+    block_sync();
+    back = 1.0f / scales.load(thread_index() % kManyQueries);
+    const int g = lane_id() / 4, c = lane_id() % 4;
+    each_step(round_up(queries.features, kManyStep), [&](int i, int d) {
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int word = 0; word < 2; ++word) {
+          const int m = half * 8 + g;
+          const float scale = scales.load(m);
+          const Vec<float, 2> q = queries.load<2>(m, d + word * 8 + 2 * c);
+          split_pair<T>(scale * q[0], scale * q[1], parts[i][half][0].words[word], parts[i][half][1].words[word]);
+        }
+    });
+  }
+
+  // `by_warp` [warps, items, 16] is free before and after.
+  ATTNKERN_DEVICE void score(const View<T>& v, const Shared<float>& by_warp) const {
+    const Tile<T>& keys = v.keys;
+    const int size = keys.items * kManyQueries, g = lane_id() / 4, c = lane_id() % 4;
+#pragma unroll 1
+    for (int t = 0; t < keys.items; t += 16) {
+      FragmentD sum[2] = {};
+      each_step(keys.width, [&](int i, int d) {
+        const FragmentA items = load_a(keys.data, t * keys.stride + d, keys.stride);
+#pragma unroll
+        for (int half = 0; half < 2; ++half)
+#pragma unroll
+          for (int part = 1; part >= 0; --part) multiply_add<T>(sum[half], items, parts[i][half][part]);
+      });
+#pragma unroll
+      for (int half = 0; half < 2; ++half)
+#pragma unroll
+        for (int k = 0; k < 4; ++k)
+          by_warp.store(warp_id() * size + (t + k / 2 * 8 + g) * kManyQueries + half * 8 + 2 * c + k % 2,
+                        sum[half].values[k]);
+    }
+    block_sync();
+#pragma unroll 1
+    for (int i = thread_index(); i < size; i += block_size()) {
+      float e = 0.0f;
+      for (int w = 0; w < warp_count(); ++w) e += by_warp.load(w * size + i);
+      v.e.store(i, e * back);
+    }
+  }
+};
+
+// z [16, D] over tiles, as Accumulator: a warp has all queries of its steps of the features.
+template <class T>
+struct ManySums {
+  static constexpr int groups = 1, slots = 0;
+  static constexpr float scale = std::is_same_v<T, float16> ? 0x1p15f : 1.0f;  // of weights: float16 ends at 2^-24
+
+  FragmentD sum[kManySteps][2] = {};  // step, 8 features
+  int width;
+
+  ATTNKERN_DEVICE void start(int, int features) { width = features; }
+
+  template <class Factor>
+  ATTNKERN_DEVICE void add(const Tile<T>& x, const Shared<float>& weights, int stride, const Factor& factor) {
+    const int g = lane_id() / 4, c = lane_id() % 4;
+    const float factors[2] = {factor(g), factor(g + 8)};
+#pragma unroll
+    for (int i = 0; i < kManySteps; ++i)
+#pragma unroll
+      for (int k = 0; k < 8; ++k) sum[i][k / 4].values[k % 4] *= factors[k % 4 / 2];
+#pragma unroll 1
+    for (int t = 0; t < x.items; t += 16) {
+      FragmentA high, low;
+#pragma unroll
+      for (int word = 0; word < 4; ++word) {
+        const int at = (t + word / 2 * 8 + 2 * c) * stride + word % 2 * 8 + g;
+        split_pair<T>(scale * weights.load(at), scale * weights.load(at + stride), high.words[word], low.words[word]);
+      }
+      each_step(width, [&](int i, int d) {
+        FragmentB items[2];
+        load_b(x.data, t * x.stride + d, x.stride, items);
+#pragma unroll
+        for (int half = 0; half < 2; ++half) {
+          multiply_add<T>(sum[i][half], low, items[half]);
+          multiply_add<T>(sum[i][half], high, items[half]);
+        }
+      });
+    }
+  }
+  ATTNKERN_DEVICE void merge_groups(const Shared<float>&) {}
+
+  // f(query, feature, value) for this thread's sums.
+  template <class F>
+  ATTNKERN_DEVICE void each(const F& f) const {
+    each_step(width, [&](int i, int d) {
+#pragma unroll
+      for (int k = 0; k < 8; ++k)
+        f(k % 4 / 2 * 8 + lane_id() / 4, d + k / 4 * 8 + lane_id() % 4 * 2 + k % 2,
+          sum[i][k / 4].values[k % 4] * (1.0f / scale));
+    });
+  }
+};
+
+// Dot scores by ManyQueries, z by ManySums.
+struct ManyQueriesScorer {
+  static constexpr Scorer kind = Scorer::dot;
+  static constexpr int threads = kProductThreads;
+};
+
+}  // namespace attnkern::softmax_pool
