@@ -115,6 +115,15 @@ def test_programs_that_pass_values_in_memory_wait_for_them(kernel, barriers):
     assert len(re.findall(r"\b(?:gpu|ttg)\.barrier\b", ttir)) == barriers
 
 
+@pytest.mark.parametrize("label", ["pool, bf16", "latent, bf16", "gated bag, bf16"])
+def test_items_of_one_head_are_read_in_vectors(label):
+    """Their rows are aligned, whatever stride a dim of size 1 has."""
+    kernel = f"softmax_pool-pool_kernel-{label}"
+    launch = next(p.values[0] for p in LAUNCHES if p.id.startswith(kernel))
+    ptx = aot.compile(launch, 90).asm["ptx"]
+    assert not re.search(r"ld\.global\S*\.b16", ptx)
+
+
 def test_declarations_cover_every_kernel_that_launchers_use():
     from attnkern import _triton, ops
 

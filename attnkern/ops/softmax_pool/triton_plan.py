@@ -68,7 +68,9 @@ def blocks(i: Inputs, shape: Shape, backward: bool = False) -> dict[str, int]:
     if shape.queries == 1:
         dot = shape.units and not additive and i.V is None
         exact = i.values.dtype == torch.float32
-        elements = 2048 if wide and not (backward and (dot or (additive and exact))) else 1024
+        elements = 2048 if wide else 1024
+        if backward and (dot or (additive and exact)):
+            elements = 512 if exact else 1024  # float32 spilled 8 to 16 bytes of 1024 on sm_90
         d = power(shape.features, 16, elements // 16)
         n = elements // d
         # half for the weights of dot, which with the peaks' places spilled 8 bytes on sm_90
@@ -81,7 +83,7 @@ def blocks(i: Inputs, shape: Shape, backward: bool = False) -> dict[str, int]:
         twice = i.values.dtype != torch.float32
         most //= 2 if twice and most > 16 else 1
         d, k = power(shape.features, 16, most), power(shape.units, 16, most)
-        warps = 8 if backward and not wide else 4
+        warps = 8 if backward and (additive or not wide) else 4
         block = {"BLOCK_M": 16, "BLOCK_N": 16, "BLOCK_D": d, "BLOCK_K": k}
     return {**block, "num_warps": warps, "num_stages": 1}
 
@@ -148,11 +150,15 @@ def segments(shape: Shape, x: Tensor) -> list[Segment]:
 
 
 def strided(name: str, t: Tensor | None) -> Arguments:
-    """Items [B, H, N, D] and their strides; those of sizes 1 are never read."""
+    """Items [B, H, N, D] and their strides.
+
+    Those of sizes 1 are never read, and Triton knows 0 for a multiple of 16: by any other number it
+    forgets that rows are aligned, and loads element by element.
+    """
     axes = ("batch", "head", "item", "feature")
     if t is None:
         return {name: None, **{f"{name}_{axis}": 0 for axis in axes}}
-    strides = [1 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)]
+    strides = [0 if n == 1 else s for n, s in zip(t.shape, t.stride(), strict=True)]
     return {name: t, **{f"{name}_{axis}": s for axis, s in zip(axes, strides, strict=True)}}
 
 
