@@ -124,6 +124,17 @@ def test_items_of_one_head_are_read_in_vectors(label):
     assert not re.search(r"ld\.global\S*\.b16", ptx)
 
 
+POOLS = import_module("attnkern.ops.softmax_pool.triton_aot").CALLS
+
+
+@pytest.mark.parametrize("label", POOLS)
+def test_a_pool_scores_its_items_itself(label):
+    """No kernel reads them before it, whoever scores them."""
+    with aot.recorded() as made:
+        POOLS[label]()
+    assert made[0].name == "pool_kernel"
+
+
 def test_declarations_cover_every_kernel_that_launchers_use():
     from attnkern import _triton, ops
 

@@ -22,7 +22,7 @@ from attnkern.ops.softmax_pool.reference import Inputs, Options
 from attnkern.ops.softmax_pool.triton_backward import items_kernel, weights_kernel
 from attnkern.ops.softmax_pool.triton_delta import delta_kernel
 from attnkern.ops.softmax_pool.triton_forward import merge_kernel, pool_kernel
-from attnkern.ops.softmax_pool.triton_gated import HiddenGrad, gated_scores
+from attnkern.ops.softmax_pool.triton_gated import HiddenGrad
 
 
 def _stride(t: Tensor | None, dim: int) -> int:
@@ -38,7 +38,7 @@ def _scorer(
     return {
         **plan.strided("values", i.values),
         **plan.strided("keys", None if o.scorer == "given" else keys),
-        **{name: getattr(i, name) for name in ("query", "w", "c")},
+        **{name: getattr(i, name) for name in ("query", "V", "b_V", "U", "b_U", "w", "c")},
         "scores": scores,
         "bias": i.bias,
         "offsets": i.offsets,
@@ -61,17 +61,6 @@ def _programs(shape: plan.Shape, block: dict[str, int], rows: int) -> tuple[int]
     return (rows * triton.cdiv(shape.queries, block["BLOCK_M"]),)
 
 
-def _gated_as_given(
-    i: Inputs, o: Options, shape: plan.Shape
-) -> tuple[Inputs, Options, Tensor | None]:
-    """The call with its scores given, where they are those of the gated scorer, and the scores."""
-    if o.scorer != "gated":
-        return i, o, i.scores
-    scores = gated_scores(i, o, shape)
-    given = Inputs(i.values, scores=scores, bias=i.bias, offsets=i.offsets)
-    return given, o._replace(scorer="given"), scores
-
-
 # ------------------------------------------------------------------ forward
 
 
@@ -83,10 +72,10 @@ def softmax_pool_fwd(*arguments: Any) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     z = i.values.new_empty(*rows, shape.features, dtype=torch.float32)
     lse, top = z.new_empty(rows), z.new_empty(2, *rows)
     with torch.cuda.device_of(z):
-        given, o, scores = _gated_as_given(i, o, shape)
+        scores = i.scores
         if scores is None:
             scores = lse.new_empty(i.values.shape[0], shape.heads, shape.queries, shape.items)
-        _pool(given, o, shape, scores, z, top, lse=lse)
+        _pool(i, o, shape, scores, z, top, lse=lse)
     if not return_scores:
         return z, lse, top, lse.new_empty(0)
     return z, lse, top, scores.clone() if scores is i.scores else scores
@@ -104,7 +93,7 @@ def _pool(
     whole: Tensor | None = None,
     peaks: Tensor | None = None,
 ) -> None:
-    """Scores (of dot and additive), z, top and lse; with ``whole``, top of all, of the rest, and its peaks."""
+    """Scores (but given ones), z, top and lse; with ``whole``, top of all, of the rest, and its peaks."""
     block = plan.blocks(i, shape)
     splits = plan.splits(i, shape, block, shape.batch * shape.heads)
     partial = largest = total = None
@@ -167,14 +156,11 @@ def softmax_pool_bwd(
     logits = dlogits if need_logits else None
     with torch.cuda.device_of(dz):
         dw = weights[4] if need_weights and scorer == "additive" else None
-        given, scored, scores = _gated_as_given(i, o, shape)
         # scores that are made again go where de or p will be
-        free = next(t for t in (scores, de, p, logits) if t is not None)
+        free = next(t for t in (i.scores, de, p, logits) if t is not None)
         by_weight = {"dscores": dscores, "p_out": p, "de_out": de, "dlogits": logits}
-        by_weight |= _deltas(given, scored, shape, free, dz, z, dlse, top, by_weight)
-        _weights_grad(
-            given, scored, shape, scores, dz, top, by_weight, dquery if need_query else None, dw
-        )
+        by_weight |= _deltas(i, o, shape, free, dz, z, dlse, top, by_weight)
+        _weights_grad(i, o, shape, dz, top, by_weight, dquery if need_query else None, dw)
         if scorer == "gated":
             if de is not None:
                 _gated_grad(i, o, shape, dz, p, de, dvalues, weights if need_weights else None)
@@ -226,7 +212,6 @@ def _weights_grad(
     i: Inputs,
     o: Options,
     shape: plan.Shape,
-    scores: Tensor | None,
     dz: Tensor,
     top: Tensor,
     by_weight: plan.Arguments,
@@ -247,7 +232,7 @@ def _weights_grad(
     if dw is not None:
         dw_parts = top.new_empty(programs[0], shape.units)
     weights_kernel[programs](
-        **_scorer(i, o, shape, scores, block),
+        **_scorer(i, o, shape, i.scores, block),
         **by_weight,
         top=top,
         dz=dz,

@@ -95,6 +95,10 @@ def weights_kernel(
     keys,
     query,
     scores,
+    V,
+    b_V,
+    U,
+    b_U,
     w,
     c,
     bias,
@@ -145,7 +149,8 @@ def weights_kernel(
     Layout    p, de, dl [B, H, M, N], dq [splits, B, H, M, K] float32; where samples share the query
               [splits, programs over samples, H, M, K], ``samples`` of them a program, in order
     Mapping   a program owns one split and BLOCK_M queries of a row, or of ``samples`` rows
-    Traffic   x from memory once; again from L1 or L2 for scores and dq where they need it
+    Traffic   x from memory once; again from L1 or L2 for scores and dq where they need it, and
+              for each block of hidden units
     Numerics  float32, tiles in order; de passes in memory, at a barrier
     """
     blocks = tl.cdiv(queries, BLOCK_M)
@@ -183,8 +188,9 @@ def weights_kernel(
                 e = load_weights(scores + row_n, m, in_m, items, n, in_n)
             else:
                 e = score(
-                    m0, m, in_m, n, in_n, row_keys, keys_item, keys_feature, row_query, w, row_c,
-                    queries, units, SCORER, ACT, EXACT, BLOCK_M, BLOCK_N, BLOCK_K,
+                    m0, m, in_m, n, in_n, row_keys, keys_item, keys_feature, row_query,
+                    V, b_V, U, b_U, w, row_c, queries, features, units,
+                    SCORER, ACT, EXACT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
                 )  # fmt: skip
             l = logits(e, row_bias, bias_query, m, in_m, n, in_n, scale)  # noqa: E741
             p = tl.exp(l - largest[:, None]) * weight[:, None]

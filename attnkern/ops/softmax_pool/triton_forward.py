@@ -56,6 +56,10 @@ def pool_kernel(
     keys,
     query,
     scores,
+    V,
+    b_V,
+    U,
+    b_U,
     w,
     c,
     bias,
@@ -102,7 +106,8 @@ def pool_kernel(
     Layout    scores [B, H, M, N] float32: given, or written; z [splits, B, H, M, D]
     Mapping   a program owns one row, one split and BLOCK_M queries: scores of the split, then their
               maximum and sum, then z by blocks of features
-    Traffic   x from memory once; again from L1 or L2 for z where scores are made of x too
+    Traffic   x from memory once; again from L1 or L2 for z where scores are made of x too, and for
+              each block of hidden units
     Numerics  float32, tiles in order, a tree within a tile; scores pass in memory, at a barrier
     """
     blocks = tl.cdiv(queries, BLOCK_M)
@@ -134,8 +139,8 @@ def pool_kernel(
         for n0 in range(first, last, BLOCK_N):
             n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)
             e = score(
-                m0, m, in_m, n, n < last, keys, keys_item, keys_feature, query, w, c, queries, units,
-                SCORER, ACT, EXACT, BLOCK_M, BLOCK_N, BLOCK_K,
+                m0, m, in_m, n, n < last, keys, keys_item, keys_feature, query, V, b_V, U, b_U, w, c,
+                queries, features, units, SCORER, ACT, EXACT, BLOCK_M, BLOCK_N, BLOCK_D, BLOCK_K,
             )  # fmt: skip
             tl.store(
                 scores + m[:, None] * items + n[None, :],

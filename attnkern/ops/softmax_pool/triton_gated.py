@@ -1,4 +1,4 @@
-"""The gated scorer's hidden layer in Triton, forward and backward; legend in triton_items.py.
+"""The gradients of the gated scorer's hidden layer in Triton; legend in triton_items.py.
 
 The kernels work on a segment of the items of all samples, item i being item i % N of sample i // N.
 """
@@ -13,112 +13,10 @@ from torch import Tensor
 from attnkern._triton import LAUNCH
 from attnkern._triton.activation import activation, activation_grad, sigmoid
 from attnkern._triton.linear import sum_rows
-from attnkern._triton.product import product, product_of_stored, round_to_tf32
+from attnkern._triton.product import product
 from attnkern.ops.softmax_pool import triton_plan as plan
 from attnkern.ops.softmax_pool.reference import Inputs, Options
-from attnkern.ops.softmax_pool.triton_items import add_spread, load_items, load_rows
-
-
-@triton.jit
-def hidden(
-    x,
-    at,
-    in_n,
-    feature_stride,
-    V,
-    b_V,
-    U,
-    b_U,
-    k,
-    features,
-    units,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """V x_n + b_V and U x_n + b_U for hidden units k: two [BLOCK_N, BLOCK_K]; the first twice without U."""
-    a = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    b = tl.zeros([BLOCK_N, BLOCK_K], tl.float32)
-    in_k = k < units
-    for f0 in range(0, features, BLOCK_F):
-        f = f0 + tl.arange(0, BLOCK_F).to(tl.int64)
-        tile = load_items(x, at, in_n, f, features, feature_stride)
-        places = k[None, :] * features + f[:, None]
-        valid = in_k[None, :] & (f < features)[:, None]
-        a = product_of_stored(tile, tl.load(V + places, mask=valid, other=0.0), a)
-        if U is not None:
-            b = product_of_stored(tile, tl.load(U + places, mask=valid, other=0.0), b)
-    if b_V is not None:
-        a += tl.load(b_V + k, mask=in_k, other=0.0)[None, :]
-    if b_U is not None:
-        b += tl.load(b_U + k, mask=in_k, other=0.0)[None, :]
-    # 0 outside, where an infinite item times the padding of V is NaN
-    a = tl.where(in_k[None, :], a, 0.0)
-    b = tl.where(in_k[None, :], b, 0.0)
-    return a, a if U is None else b
-
-
-@triton.jit(do_not_specialize=["batch", "queries"])
-def gated_scores_kernel(
-    x,
-    V,
-    b_V,
-    U,
-    b_U,
-    w,
-    c,
-    scores,
-    batch,
-    items,
-    queries,
-    features,
-    units,
-    x_batch,
-    x_item,
-    x_feature,
-    c_batch,
-    ACT: tl.constexpr,
-    EXACT: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_K: tl.constexpr,
-    BLOCK_F: tl.constexpr,
-):
-    """
-    Computes  e = w . (act(V x + b_V) sigmoid(U x + b_U)) + c
-    Layout    x [B, N, D] strided, scores [B, M, N] float32
-    Mapping   a program owns BLOCK_N items and BLOCK_M queries and walks the hidden units
-    Traffic   x once a block of hidden units, from L1 or L2 after the first
-    Numerics  float32 sums of exact products; features and units in order
-    """
-    i = tl.program_id(0).to(tl.int64) * BLOCK_N + tl.arange(0, BLOCK_N)
-    m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    sample = i // items
-    n = i % items
-    in_n = sample < batch
-    in_m = m < queries
-    e = tl.zeros([BLOCK_N, BLOCK_K] if BLOCK_M == 1 else [BLOCK_M, BLOCK_N], tl.float32)
-    for k0 in range(0, units, BLOCK_K):
-        k = k0 + tl.arange(0, BLOCK_K).to(tl.int64)
-        a, b = hidden(
-            x, sample * x_batch + n * x_item, in_n, x_feature, V, b_V, U, b_U, k, features, units,
-            BLOCK_N, BLOCK_K, BLOCK_F,
-        )  # fmt: skip
-        h = activation(a, 0.0, ACT)
-        if U is not None:
-            h *= sigmoid(b)
-        rows = load_rows(w, m, in_m, k, units)
-        if BLOCK_M == 1:
-            e += rows * h
-        else:
-            e = product(rows, tl.trans(h if EXACT else round_to_tf32(h)), e, EXACT)
-    if BLOCK_M == 1:
-        e = tl.sum(e, axis=1)[None, :]
-    if c is not None:
-        places = c + (sample * c_batch)[None, :] + m[:, None]
-        e += tl.load(places, mask=in_m[:, None] & in_n[None, :], other=0.0)
-    places = scores + (sample * queries)[None, :] * items + m[:, None] * items + n[None, :]
-    tl.store(places, e, mask=in_m[:, None] & in_n[None, :])
+from attnkern.ops.softmax_pool.triton_items import add_spread, hidden, load_rows
 
 
 @triton.jit(do_not_specialize=["batch", "queries"])
@@ -144,7 +42,6 @@ def hidden_grad_kernel(
     de_batch,
     de_query,
     ACT: tl.constexpr,
-    EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -261,42 +158,6 @@ def outer_kernel(
             tl.store(places_r, total, mask=in_r)
 
 
-def gated_scores(i: Inputs, o: Options, shape: plan.Shape) -> Tensor:
-    """e [B, 1, M, N] ([1, 1, M, N] of bags)."""
-    assert i.w is not None
-    x = i.values
-    scores = i.w.new_empty(x.shape[0], 1, shape.queries, shape.items)
-    block = plan.hidden_blocks(i, shape)
-    count = x.shape[0] * shape.items
-    grid = triton.cdiv(count, block["BLOCK_N"]), triton.cdiv(shape.queries, block["BLOCK_M"])
-    gated_scores_kernel[grid](
-        **_hidden_arguments(i, o, shape, x),
-        c=i.c,
-        scores=scores,
-        c_batch=0 if i.c is None or i.c.shape[0] == 1 else shape.queries,
-        **{**LAUNCH, **block},
-    )
-    return scores
-
-
-def _hidden_arguments(i: Inputs, o: Options, shape: plan.Shape, x: Tensor) -> plan.Arguments:
-    """What the kernels that compute the hidden layer of x [B, 1, N, D] take."""
-    return {
-        "x": x,
-        **{name: getattr(i, name) for name in ("V", "b_V", "U", "b_U", "w")},
-        "batch": x.shape[0],
-        "items": x.shape[2],
-        "queries": shape.queries,
-        "features": shape.features,
-        "units": shape.units,
-        "x_batch": x.stride(0),
-        "x_item": x.stride(2),
-        "x_feature": x.stride(3),
-        "ACT": o.act,
-        "EXACT": x.dtype == torch.float32,
-    }
-
-
 class HiddenGrad:
     """da and db a segment of the items at a time, and what their sums over all segments come to."""
 
@@ -334,13 +195,23 @@ class HiddenGrad:
         count, units = batch * items, shape.units
         grid = triton.cdiv(count, self.block["BLOCK_N"]), triton.cdiv(units, self.block["BLOCK_K"])
         hidden_grad_kernel[grid](
-            **_hidden_arguments(i, self.o, shape, x),
+            x=x,
+            **{name: getattr(i, name) for name in ("V", "b_V", "U", "b_U", "w")},
             de=de,
             da=self.da,
             db=self.db,
             h_out=self.h,
+            batch=batch,
+            items=items,
+            queries=shape.queries,
+            features=shape.features,
+            units=units,
+            x_batch=x.stride(0),
+            x_item=x.stride(2),
+            x_feature=x.stride(3),
             de_batch=de.stride(0),
             de_query=de.stride(2),
+            ACT=self.o.act,
             **{**LAUNCH, **self.block},
         )
         if self.h is not None:

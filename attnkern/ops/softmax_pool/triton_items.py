@@ -12,8 +12,14 @@ from __future__ import annotations
 import triton
 import triton.language as tl
 
-from attnkern._triton.activation import activation
-from attnkern._triton.product import product, product_in_two, sum_rows_of_tile
+from attnkern._triton.activation import activation, sigmoid
+from attnkern._triton.product import (
+    product,
+    product_in_two,
+    product_of_stored,
+    round_to_tf32,
+    sum_rows_of_tile,
+)
 
 
 @triton.jit
@@ -99,6 +105,50 @@ def add_spread(p, rows, acc, EXACT: tl.constexpr):
 
 
 @triton.jit
+def hidden(
+    x,
+    at,
+    in_n,
+    feature_stride,
+    V,
+    b_V,
+    U,
+    b_U,
+    k,
+    features,
+    units,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_F: tl.constexpr,
+):
+    """V x_n + b_V and U x_n + b_U for hidden units k: two [BLOCK_N, BLOCK_K]; the first twice without U."""
+    in_k = k < units
+    acc = tl.zeros([BLOCK_N, BLOCK_K if U is None else 2 * BLOCK_K], tl.float32)
+    for f0 in range(0, features, BLOCK_F):
+        f = f0 + tl.arange(0, BLOCK_F).to(tl.int64)
+        tile = load_items(x, at, in_n, f, features, feature_stride)
+        places = k[None, :] * features + f[:, None]
+        valid = in_k[None, :] & (f < features)[:, None]
+        weights = tl.load(V + places, mask=valid, other=0.0)
+        if U is not None:
+            # units of V and U in turn: of two products of 16 bits Triton makes each in four warps
+            weights = tl.join(weights, tl.load(U + places, mask=valid, other=0.0))
+            weights = tl.reshape(weights, [BLOCK_F, 2 * BLOCK_K])
+        acc = product_of_stored(tile, weights, acc)
+    a, b = acc, acc
+    if U is not None:
+        a, b = tl.split(tl.reshape(acc, [BLOCK_N, BLOCK_K, 2]))
+    if b_V is not None:
+        a += tl.load(b_V + k, mask=in_k, other=0.0)[None, :]
+    if b_U is not None:
+        b += tl.load(b_U + k, mask=in_k, other=0.0)[None, :]
+    # 0 outside, where an infinite item times the padding of V is NaN
+    a = tl.where(in_k[None, :], a, 0.0)
+    b = tl.where(in_k[None, :], b, 0.0)
+    return a, a if U is None else b
+
+
+@triton.jit
 def score(
     m0,
     m,
@@ -109,15 +159,21 @@ def score(
     item_stride,
     feature_stride,
     query,
+    V,
+    b_V,
+    U,
+    b_U,
     w,
     c,
     queries,
+    features,
     units,
     SCORER: tl.constexpr,
     ACT: tl.constexpr,
     EXACT: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
+    BLOCK_D: tl.constexpr,
     BLOCK_K: tl.constexpr,
 ):
     """e [BLOCK_M, BLOCK_N] of a row whose keys, query and c these are."""
@@ -126,6 +182,24 @@ def score(
         e = times_items(
             query, m, in_m, x, at, in_n, units, feature_stride, EXACT, BLOCK_M, BLOCK_N, BLOCK_K
         )
+    elif SCORER == "gated":
+        e = tl.zeros([BLOCK_N, BLOCK_K] if BLOCK_M == 1 else [BLOCK_M, BLOCK_N], tl.float32)
+        for k0 in range(0, units, BLOCK_K):
+            k = k0 + tl.arange(0, BLOCK_K).to(tl.int64)
+            a, b = hidden(
+                x, at, in_n, feature_stride, V, b_V, U, b_U, k, features, units,
+                BLOCK_N, BLOCK_K, BLOCK_D,
+            )  # fmt: skip
+            a = activation(a, 0.0, ACT)
+            if U is not None:
+                a *= sigmoid(b)
+            rows = load_rows(w, m, in_m, k, units)
+            if BLOCK_M == 1:
+                e += rows * a
+            else:
+                e = product(rows, tl.trans(a if EXACT else round_to_tf32(a)), e, EXACT)
+        if BLOCK_M == 1:
+            e = tl.sum(e, axis=1)[None, :]
     else:
         tl.static_assert(SCORER == "additive")
         e = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)

@@ -60,13 +60,19 @@ def aligned(x: Tensor) -> bool:
 def blocks(i: Inputs, shape: Shape, backward: bool = False) -> dict[str, int]:
     """Queries, items, features and key features of a tile; the backward has half the tile to spare.
 
-    Loops are not pipelined: their addresses in flight made ptxas spill 50 to 300 bytes.
+    Loops are not pipelined: their addresses in flight made ptxas spill 50 to 300 bytes.  The gated
+    scorer's tiles are those of its products.
     """
+    if i.V is not None:
+        block = _matrix_blocks(i.values, shape, "BLOCK_D")
+        if backward and shape.queries > 1:
+            block["BLOCK_D"] = 16  # dp, too, is a product: 32 spilled 8 to 80 bytes
+        return block
     keys = i.values if i.keys is None else i.keys
     wide = aligned(i.values) and aligned(keys)
     additive = i.w is not None
     if shape.queries == 1:
-        dot = shape.units and not additive and i.V is None
+        dot = shape.units and not additive
         exact = i.values.dtype == torch.float32
         elements = 2048 if wide else 1024
         if backward and (dot or (additive and exact)):
@@ -91,8 +97,8 @@ def blocks(i: Inputs, shape: Shape, backward: bool = False) -> dict[str, int]:
 def _matrix_blocks(x: Tensor, shape: Shape, step: str) -> dict[str, int]:
     """Tiles of the hidden layer's products, ``step`` features at a time, by eight warps.
 
-    float32 products keep their operands in registers: half the step.  64 items a tile spilled 8 to
-    264 bytes, by target.
+    float32 products keep their operands in registers: half the step.  With 64 items a tile
+    `hidden_grad_kernel` spilled 24 to 32 bytes on sm_90.
     """
     small = x.dtype == torch.float32
     return {
@@ -122,7 +128,7 @@ def splits(i: Inputs, shape: Shape, block: dict[str, int], rows: int) -> int:
     if shape.units:
         width = shape.features + (shape.units if i.keys is not None else 0)
         cached = SPAN_BYTES // (width * i.values.element_size())
-        wanted = max(wanted, triton.cdiv(items, max(1, cached, 16 * shape.queries)))
+        wanted = max(wanted, triton.cdiv(items, max(block["BLOCK_N"], cached, 16 * shape.queries)))
     return max(1, min(wanted, triton.cdiv(shape.items, block["BLOCK_N"])))
 
 
