@@ -162,7 +162,8 @@ class SqueezeExcite(nn.Module):
     def _called(self, name: str, v: Tensor) -> Tensor:
         """The layer of v; one with convolutions takes vectors as maps of one position."""
         layer: Any = self._modules[name]
-        dims = max((p.dim() for p in layer.parameters()), default=v.dim())
+        # torch.compile of torch 2.11 knows no max with a default
+        dims = max([p.dim() for p in layer.parameters()] or [v.dim()])
         if v.dim() != dims:
             v = self._one_position("fc1", v)[(...,) + (None,) * (dims - 2)]
         return layer(v)
