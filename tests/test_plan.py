@@ -353,7 +353,7 @@ def check_pool(plan, device, query):
             assert plan["block_queries"] == 16
             for width in (plan["value_width"], plan["key_width"]):
                 assert width % 16 == 0
-                assert width <= 8 * 9 * 16
+                assert 8 * 16 <= width <= 8 * 9 * 16
             assert plan["threads"] == 256
 
 
@@ -410,7 +410,7 @@ def test_the_tensor_cores_get_the_longest_tiles(features, tile, stages):
     assert ask_pool("forward", H200, features=features, dtype_bytes=4, **query)["product"] == 0
 
 
-@pytest.mark.parametrize(("features", "tile"), [(512, 64), (1152, 32)])
+@pytest.mark.parametrize(("features", "tile"), [(128, 64), (512, 64), (1152, 32)])
 def test_many_queries_take_the_tensor_cores(features, tile):
     """Sixteen queries share what is read of an item; few, floats and gradients are left to multiply-adds."""
     query = {"scorer": "dot", "batch": 32, "items": 729, "hidden": features, "features": features}
@@ -422,6 +422,8 @@ def test_many_queries_take_the_tensor_cores(features, tile):
     for other in few:
         assert ask_pool("forward", H200, **other, **query)["product"] == 0
     assert ask_pool("backward", H200, queries=16, dtype_bytes=2, **query)["product"] == 0
+    narrow = {**query, "features": 112, "hidden": 112}
+    assert ask_pool("forward", H200, queries=16, dtype_bytes=2, **narrow)["product"] == 0
     small = device(86, 84, 99, 100, 6, 84, 0, 0, 0, 0)
     plan = ask_pool("forward", small, queries=16, dtype_bytes=2, keyed=1, **query)
     assert plan["shared_bytes"] <= 99 * KB

@@ -54,7 +54,8 @@ ATTNKERN_DEVICE Vec<T, N> narrow(const Vec<float, N>& wide) {
   return pack;
 }
 
-// w = high + low, both with w's sign and not 0: an infinite x then meets infinities of one sign, and no 0.
+// w = high + low, both with w's sign and, unless w itself rounds to 0, not 0: an infinite x then meets infinities of
+// one sign, and no 0.
 template <class T>
 ATTNKERN_DEVICE void split(float w, T& high, T& low) {
   high = narrow<T>(w);

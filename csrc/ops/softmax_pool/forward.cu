@@ -35,9 +35,9 @@ ATTNKERN_DEVICE float peak_bound(const ForwardParams& p, int64_t row) {
 // Mapping    a block: a piece of the items, a head, a block of queries. Tiles of items in shared memory, two stages; a
 //            warp scores 4 items with its lanes along the features, a warp a query makes the weights, a thread owns
 //            features of z in registers
-// Traffic    items once; queries and weights from L2 once a tile
+// Traffic    items once; queries and weights from L2 once a tile, many queries once
 // Numerics   float; sums of a tile, then of tiles in order; running maximum
-//            Many queries of 16-bit items: both products on the tensor cores (many_queries.cuh), z one chain
+//            Many queries of 16-bit items: both products on the tensor cores (many_queries.cuh)
 template <class T, class ScorerT, int Queries>
 ATTNKERN_KERNEL(ScorerT::threads, 1)
 softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_GRID_CONSTANT const Plan plan,

@@ -28,9 +28,11 @@ ATTNKERN_DEVICE void split_pair(float first, float second, uint32_t& high, uint3
 }
 
 // e = q . k of a tile. A warp keeps its steps of the queries in registers for all tiles; the sums of warps are added in
-// order. float16 has a short range: a query is multiplied by the power of two that brings its largest to 2^14.
+// order. float16 has a short range: there a query is multiplied by the power of two that brings its largest to 2^14.
 template <class T>
 struct ManyQueries {
+  static constexpr bool ranged = std::is_same_v<T, float16>;
+
   FragmentB parts[kManySteps][2][2] = {};  // step, 8 queries, part
   float back;                              // the power of two off again, of query thread_index() % 16
 
@@ -38,15 +40,13 @@ struct ManyQueries {
   ATTNKERN_DEVICE void load(const Matrix<float>& queries, const Shared<float>& scales) {
     for (int m = warp_id(); m < kManyQueries; m += warp_count()) {
       float largest = 0.0f;
-      for (int d = lane_id(); m < queries.count && d < queries.features; d += kWarpSize) {
+      for (int d = lane_id(); ranged && m < queries.count && d < queries.features; d += kWarpSize) {
         const float q = fabsf(load_global(queries.data + m * queries.stride + d));
-        largest = q > largest ? q : largest;
+        largest = q > largest && q < INFINITY ? q : largest;
       }
       largest = group_max(largest);
-      const bool scaled = largest > 0.0f && largest < INFINITY;
-      const int exponent = scaled ? ilogbf(largest) : 14;
-      if (lane_id() == 0)
-        scales.store(m, ldexpf(1.0f, 14 - (exponent < -100 ? -100 : exponent > 100 ? 100 : exponent)));
+      const int exponent = largest > 0.0f ? ilogbf(largest) : 14;
+      if (lane_id() == 0) scales.store(m, ldexpf(1.0f, 14 - (exponent > -112 ? exponent : -112)));
     }
     block_sync();
     back = 1.0f / scales.load(thread_index() % kManyQueries);
@@ -106,6 +106,7 @@ struct ManySums {
 
   ATTNKERN_DEVICE void start(int, int features) { width = features; }
 
+  // The sum of 16 items is made apart: tensor cores truncate what they add to. (That of a tile spilled 12 bytes.)
   template <class Factor>
   ATTNKERN_DEVICE void add(const Tile<T>& x, const Shared<float>& weights, int stride, const Factor& factor) {
     const int g = lane_id() / 4, c = lane_id() % 4;
@@ -127,8 +128,11 @@ struct ManySums {
         load_b(x.data, t * x.stride + d, x.stride, items);
 #pragma unroll
         for (int half = 0; half < 2; ++half) {
-          multiply_add<T>(sum[i][half], low, items[half]);
-          multiply_add<T>(sum[i][half], high, items[half]);
+          FragmentD own = {};
+          multiply_add<T>(own, low, items[half]);
+          multiply_add<T>(own, high, items[half]);
+#pragma unroll
+          for (int k = 0; k < 4; ++k) sum[i][half].values[k] += own.values[k];
         }
       });
     }

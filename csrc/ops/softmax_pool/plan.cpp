@@ -104,7 +104,9 @@ void take_product(const Problem& p, Plan& plan, const cuda::DeviceProperties& de
     with.value_width = static_cast<int>(round_up(p.sizes.features, kManyStep));
     with.key_width = p.keyed ? static_cast<int>(round_up(p.sizes.hidden, kManyStep)) : with.value_width;
     with.threads = kProductThreads;
-    if (std::max(with.value_width, with.key_width) > kProductThreads / 32 * kManySteps * kManyStep) return;
+    const auto [least, most] = std::minmax(with.value_width, with.key_width);
+    constexpr int features = kProductThreads / 32 * kManyStep;  // a step for every warp
+    if (least < features || most > kManySteps * features) return;
     with.block_queries = with.padded_queries = kManyQueries;
     with.query_blocks = static_cast<int>(ceil_div(p.sizes.queries, kManyQueries));
   }
