@@ -185,6 +185,7 @@ def test_ahead_of_time_inductor_packages_run_in_a_fresh_process(operator, tmp_pa
     out = fresh(
         f"""
         import torch, attnkern
+        import torch._inductor.codecache  # which torch 2.10 uses and does not import
         package = torch._inductor.aoti_load_package({str(path)!r})
         io = torch.load({str(tmp_path / "io.pt")!r}, weights_only=True)
         got = package(*io["inputs"])
