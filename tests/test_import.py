@@ -57,7 +57,7 @@ def test_imports_no_optional_package_and_starts_no_device():
 
 
 def test_import_costs_little_over_torch():
-    """The best of three fresh interpreters: 150 ms of one core, whoever else runs."""
+    """The best of three fresh interpreters: 75 ms of one core, whoever else runs; 32 on the CPU of the README."""
     code = """
         import time, torch
         start = time.process_time()
@@ -65,7 +65,7 @@ def test_import_costs_little_over_torch():
         print(time.process_time() - start)
     """
     best = min(float(fresh(code)) for _ in range(3))
-    assert best < 0.15, f"{best * 1e3:.0f} ms"
+    assert best < 0.075, f"{best * 1e3:.0f} ms"
 
 
 def test_import_leaves_torch_alone():

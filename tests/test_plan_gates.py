@@ -3,14 +3,13 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plan import DEVICES, H200, KB, device
+from test_plan import DEVICES, H200, KB, RTX_3090
 
 from attnkern import _native
 
 pytestmark = pytest.mark.skipif(not _native.available, reason=_native.reason)
 
 TASKS = ("forward", "moments", "sums", "backward")
-RTX_3090 = device(86, 82, 99, 100, 6, 82, 0, 0, 0, 0)
 
 
 def ask(task, device, **query):
