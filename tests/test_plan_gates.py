@@ -3,7 +3,7 @@
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from test_plan import DEVICES, H200, KB, RTX_3090
+from test_plan import A100, B200, DEVICES, H200, KB, RTX_3090
 
 from attnkern import _native
 
@@ -21,7 +21,8 @@ def check_limits(plan, device, query):
     """What must hold of any plan: it covers the call once, and the device can run it."""
     assert plan["tile"] in (32, 64, 128, 256)
     assert plan["hidden"] % 32 == 0
-    assert plan["threads"] == 32 * (plan["tile"] // 32) * (plan["hidden"] // 32) <= 256
+    warps = (1 + plan["alone"]) * (plan["tile"] // 32) * (plan["hidden"] // 32)
+    assert plan["threads"] == 32 * warps <= 256
     assert plan["passes"] * plan["hidden"] >= query["hidden"]
     assert (plan["passes"] - 1) * plan["hidden"] < query["hidden"]
     assert plan["shared_bytes"] <= device["shared_per_block"]
@@ -37,13 +38,14 @@ def check_limits(plan, device, query):
     assert (plan["passes"] * plan["hidden"]) % plan["rows"] == 0
     if plan["fused"]:
         assert plan["whole"]
-        assert plan["shared_bytes"] <= device["shared_per_sm"] // 2, (
-            "one block loads as another multiplies"
-        )
+        if not plan["alone"]:
+            assert plan["shared_bytes"] <= device["shared_per_sm"] // 2, (
+                "one block loads as another multiplies"
+            )
         # a warp keeps two blocks of 32 x 32 sums of the weights' gradients
         maps = query["channels"], query.get("gating", query["channels"])
         assert plan["hidden"] // 32 * sum((c + 31) // 32 for c in maps) <= plan["threads"] // 16
-        assert 2 * 255 * plan["threads"] <= 65536, "registers of two blocks"
+        assert (2 - plan["alone"]) * 255 * plan["threads"] <= 65536, "registers of two blocks"
     if plan["whole"]:
         assert plan["passes"] == 1
     else:
@@ -92,6 +94,22 @@ def test_backward_is_one_kernel_where_most_bytes_are(channels_last):
             assert plan["blocks_per_sm"] >= 2
     for other in ({"resampled": 1}, {"kernel": 2}, {"channels": 256, "hidden": 128}):
         assert not ask("backward", H200, dtype_bytes=2, **{**query, **other})["fused"]
+
+
+@pytest.mark.parametrize("channels_last", [0, 1], ids=["first", "last"])
+@pytest.mark.parametrize("length", [256**2, 64**3, 1024])
+def test_backward_of_128_channels_has_an_sm_alone(length, channels_last):
+    """Both weights in three parts take half of its shared memory; what is left holds x and g of two tiles."""
+    query = {"batch": 8, "channels": 128, "length": length, "channels_last": channels_last}
+    for device in (H200, B200):
+        plan = ask("backward", device, dtype_bytes=2, hidden=64, **query)
+        assert plan["fused"]
+        assert plan["alone"]
+        assert plan["threads"] == 256, "two warps a scheduler"
+        assert plan["blocks"] <= device["sm_count"]
+    assert not ask("backward", H200, dtype_bytes=4, hidden=64, **query)["fused"], "floats"
+    assert not ask("backward", A100, dtype_bytes=2, hidden=64, **query)["fused"], "163 KB"
+    assert not ask("backward", H200, dtype_bytes=2, hidden=32, **query)["fused"], "four warps"
 
 
 def test_a_processor_has_enough_on_its_way():

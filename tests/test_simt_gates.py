@@ -12,9 +12,10 @@ from attnkern.ops.attention_gate import cases as gate_cases
 
 pytestmark = needs_compiler
 GATED = [c for c in CALLS if c.spec.operator == "attention_gate_fwd"]
-# whole maps in shared memory, backward in one kernel or in ranges of two tiles; chunks of maps
+# whole maps in shared memory: backward in one kernel, two blocks an SM or one, or in ranges of two tiles; chunks
 GATE_PLANS = {
     "fused": {"tile": 64},
+    "alone": {"tile": 128, "alone": 1},
     "whole": {"tile": 64, "chunk_units": 2},
     "chunks": {"tile": 32, "chunk": 32, "chunk_units": 2},
     "long": {"tile": 256, "chunk": 64, "chunk_units": 1},
@@ -56,17 +57,21 @@ def test_gates_by_the_launchers_own_plan(gates, call):
 
 
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
+@pytest.mark.parametrize("channels", [64, 128])
 @pytest.mark.parametrize("norms", [None, "track"])
-def test_gates_of_whole_packs(gates, norms, channels_last):
-    """What networks have: sizes of which every row is whole 16-byte accesses."""
-    for seed, dtype in enumerate(DTYPES):
-        gates.device.configure(seed=seed)
+def test_gates_of_whole_packs(gates, norms, channels, channels_last):
+    """What networks have: rows of whole 16-byte accesses. 128 channels of 16 bits take an SM alone."""
+    for seed, dtype in enumerate(DTYPES[channels // 128 :]):
+        gates.device.configure(seed=seed, sms=1)
         gates.force = {}
-        case = gate_cases.case("", 2, 64, (8, 24), 32, norms=norms)
+        case = gate_cases.case("", 2, channels, (8, 24), channels // 2, norms=norms)
         tensors = case.inputs(dtype, channels_last=channels_last)
         testing.compare(GATED[0].spec, case, tensors, impl="native")
         assert all(plan.whole for plan in gates.plans)
-        assert gates.plans[-1].fused
+        plan = gates.plans[-1]
+        assert plan.fused
+        assert plan.alone == (channels == 128)
+        assert plan.units >= 2 * plan.blocks, "a tile follows another"
 
 
 def test_more_hidden_units_than_a_block_has(gates):
@@ -102,3 +107,25 @@ def test_weights_in_two_parts_meet_infinity_once(gates, dtype):
         )  # fmt: skip
         assert alpha[0, 0, 0, 0] == (weight > 0), weight
         assert y[0, 1:, 0, 0].isfinite().all(), weight
+
+
+@pytest.mark.parametrize("plan", ["fused", "alone", "whole", "chunks"])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_a_gradient_takes_the_nearest_weight(gates, plan, dtype):
+    """Where nothing is applied dx is dt, rounded once, of a weight of 1: of its high part, a step below 1, less."""
+    gates.force = GATE_PLANS[plan]
+    x = (torch.rand(1, 32, 1, 64, generator=torch.Generator().manual_seed(0)) / 32).to(dtype)
+    x.requires_grad_()
+    weights = {
+        "theta_weight": torch.ones(1, 32),
+        "phi_weight": torch.zeros(1, 32),
+        "psi_weight": torch.ones(1, 1),
+    }
+    g = torch.zeros_like(x)
+    _, alpha, _ = GATED[0].spec.function(x, g, **weights, return_alpha=True, impl="native")
+    alpha.sum().backward()
+    ran = gates.plans[-1]
+    assert (ran.fused, ran.alone) == (plan in ("fused", "alone"), plan == "alone")
+    sigmoid = x.detach().double().sum(1, keepdim=True).sigmoid()
+    dt = (sigmoid * (1 - sigmoid)).to(dtype)
+    assert (x.grad == dt).float().mean() > 0.9

@@ -47,12 +47,12 @@ ApplyParams = _struct("ApplyParams", "dtype:i batch:l channels:l length:l x:m al
 ApplyBackwardParams = _struct(
     "ApplyBackwardParams", "dtype:i batch:l channels:l length:l x:m dy:m alpha dx:m dalpha", m=Map
 )
-Force = _struct("Force", "tile:i chunk:i chunk_units:l")
+Force = _struct("Force", "tile:i chunk:i chunk_units:l alone:b", b=ctypes.c_bool)
 Plan = _struct(
     "Plan",
     "threads:i tile:i hidden:i passes:i whole:b chunk:i map_stride:i map_size:i weight_stride:i "
-    "weight_size:i tiles:l units:l blocks:l slots:l shared_bytes:i blocks_per_sm:i fused:b chunk_units:l "
-    "rows:i splits:i",
+    "weight_size:i tiles:l units:l blocks:l slots:l shared_bytes:i blocks_per_sm:i fused:b alone:b "
+    "chunk_units:l rows:i splits:i",
     b=ctypes.c_bool,
 )
 

@@ -112,8 +112,9 @@ template <class T, bool last>
 Status launch_fused(const BackwardParams& p, const Plan& plan, const Work<T>& work, const Carved& c, void* stream) {
   Operand d = work.operands[p.target == Target::x ? work.theta : 1 - work.theta];
   d.map = p.d;
-  return launch(attention_gate_bwd_kernel<T, last>, {plan.blocks, plan.threads, plan.shared_bytes}, stream, p, plan,
-                work, d, c.vectors, c.dtheta, c.dphi);
+  const auto kernel = plan.alone ? attention_gate_bwd_kernel<T, last, true> : attention_gate_bwd_kernel<T, last, false>;
+  return launch(kernel, {plan.blocks, plan.threads, plan.shared_bytes}, stream, p, plan, work, d, c.vectors, c.dtheta,
+                c.dphi);
 }
 
 Status launch_reductions(const BackwardParams& p, const Plan& plan, const Carved& c, void* stream) {

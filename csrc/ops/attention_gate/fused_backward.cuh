@@ -1,4 +1,5 @@
-// Backward in one kernel, where the maps of a tile, their gradient and both weights fit shared memory twice an SM.
+// Backward in one kernel, where the maps of a tile, their gradient and both weights fit shared memory: twice an SM, so
+// that one block loads as another multiplies, or once beside the next tile's maps.
 #pragma once
 
 #include "ops/attention_gate/map_gradient.cuh"
@@ -8,16 +9,17 @@ namespace attnkern::attention_gate {
 // What a block has in shared memory.
 template <class T>
 struct FusedTile {
-  Shared<T> x, g, d;      // maps as they lie in memory; dx and dg take the places of x and g
+  Shared<T> x, g;  // of `buffers` tiles, as they lie in memory; dx and dg take their places
+  Shared<T> d;
   Shared<T> dt, du;       // [positions, hidden units]
   Shared<T> weights;      // of both operands, in parts
   Shared<float> dq;       // [positions]
   Shared<float> alpha;    // [positions]
   Shared<float> partial;  // of dq: [groups of threads, positions]
 
-  ATTNKERN_DEVICE FusedTile(const Plan& plan, SharedArena& arena)
-      : x(arena.take<T>(plan.map_size)),
-        g(arena.take<T>(plan.map_size)),
+  ATTNKERN_DEVICE FusedTile(const Plan& plan, int buffers, SharedArena& arena)
+      : x(arena.take<T>(buffers * plan.map_size)),
+        g(arena.take<T>(buffers * plan.map_size)),
         d(arena.take<T>(plan.map_size)),
         dt(arena.take<T>(plan.tile * row_stride<T>(plan.hidden))),
         du(arena.take<T>(plan.tile * row_stride<T>(plan.hidden))),
@@ -31,16 +33,15 @@ struct FusedTile {
 template <class T>
 ATTNKERN_DEVICE void fetch_weight(const Shared<T>& to, const SplitWeight<T>& w, const Plan& plan) {
   const int size = plan.hidden * plan.weight_stride;
-  for (int part = 0; part < kParts<T>; ++part)
+  for (int part = 0; part < kStoredParts<T>; ++part)
     fetch_rows(to.slice(part * size, size), plan.weight_stride, w.row(part, 0), w.width, plan.hidden, w.width);
 }
 
 // dq of a tile, with what comes from y where the gate was applied, and alpha (1 where it was not).
 template <class T, bool last>
 ATTNKERN_DEVICE void logit_gradients(const BackwardParams& p, const Plan& plan, const FusedTile<T>& s,
-                                     const GateTile& tile, int width) {
+                                     const Shared<T>& target, const GateTile& tile, int width) {
   constexpr int pack = pack_size<T>();
-  const Shared<T>& target = p.target == Target::x ? s.x : s.g;
   const int groups = last ? 1 : block_size() / (plan.tile / pack);
   if (p.apply) {
     if constexpr (last) {
@@ -67,10 +68,11 @@ ATTNKERN_DEVICE void logit_gradients(const BackwardParams& p, const Plan& plan, 
     }
     block_sync();
   }
-  for (int at = thread_index(); at < tile.count; at += block_size()) {
+  for (int at = thread_index(); at < plan.tile; at += block_size()) {
+    const bool real = at < tile.count;
     const int64_t l = tile.sample * product_of(p.sizes.grid) + tile.first + at;
-    float gradient = element_of(p.dq, l), alpha = 1.0f;
-    if (p.apply) {
+    float gradient = real ? element_of(p.dq, l) : 0.0f, alpha = 1.0f;
+    if (real && p.apply) {
       float sum = 0.0f;
       for (int i = 0; i < groups; ++i) sum += s.partial.load(i * plan.tile + at);
       alpha = sigmoid(element_of(p.q, l));
@@ -96,22 +98,31 @@ struct WeightTile {
   }
 };
 
-// map = alpha d + weight^T of, rounded; the map's place in shared memory takes it.
+// map = alpha d + weight^T of, rounded; the map's place in shared memory takes it. Rows of the product are rows of the
+// map, so that a lane's pairs are neighbours there.
 template <class T, bool last>
 ATTNKERN_DEVICE void map_gradient(const Plan& plan, const FusedTile<T>& s, const Shared<T>& map, const Shared<T>& of,
-                                  const Shared<T>& weight, int width, int count, bool begins) {
-  const int columns = width / kWarpTile, tiles = plan.tile / kWarpTile * columns;
+                                  const Shared<T>& weights, int width, bool begins) {
+  const int part = plan.hidden * plan.weight_stride, stride = row_stride<T>(plan.hidden);
+  const Shared<T> weight = weights.slice(kNearest<T> * part, part);
+  const int terms = width / kWarpTile, tiles = plan.tile / kWarpTile * terms;
   for (int i = warp_id(); i < tiles; i += warp_count()) {
-    const int row = i / columns * kWarpTile, column = i % columns * kWarpTile;
-    const int stride = row_stride<T>(plan.hidden);
+    const int position = i / terms * kWarpTile, term = i % terms * kWarpTile;
+    const Block<T> d{of, position * stride, stride}, w{weight, term, plan.weight_stride};
     WarpProduct<T, 2, 4> product;
-    product.template multiply<Inner::along, Inner::across, kParts<T>>({of, row * stride, stride},
-                                                                      {weight, column, plan.weight_stride}, plan.hidden,
-                                                                      plan.hidden * plan.weight_stride);
-    product.each([&](int r, int c, float value) {
-      const int p = row + r, k = column + c, at = last ? p * plan.map_stride + k : k * plan.map_stride + p;
-      if (p >= count) return;
-      map.store(at, narrow<T>(begins ? s.alpha.load(p) * widen(s.d.load(at)) + value : value));
+    if constexpr (last)
+      product.template multiply<Inner::along, Inner::across>(d, w, plan.hidden);
+    else
+      product.template multiply<Inner::across, Inner::along>(w, d, plan.hidden);
+    const int first = last ? position * plan.map_stride + term : term * plan.map_stride + position;
+    product.each_pair([&](int row, int column, Vec<float, 2> values) {
+      const int at = first + row * plan.map_stride + column;
+      if (begins) {
+        const Vec<float, 2> begin = widen(s.d.template load_vec<2>(at));
+#pragma unroll
+        for (int v = 0; v < 2; ++v) values[v] += s.alpha.load(position + (last ? row : column + v)) * begin[v];
+      }
+      map.store_vec(at, narrow<T>(values));
     });
   }
 }
@@ -129,20 +140,22 @@ ATTNKERN_DEVICE void put_map(const Map& out, const Shared<T>& from, const Operan
 
 // Computes   everything that BackwardParams asks for
 // Layout     maps [B, C, L] or [B, L, C]; partial [slots, 3, hidden units]; dtheta, dphi [blocks, F, C]
-// Mapping    a block: tiles of positions, one after another; a warp has 32 positions and 32 hidden units of h, two at
-//            most of the 32 x 32 blocks of dtheta and dphi, which it keeps, and some of dx and dg
+// Mapping    a block: tiles of positions, one after another; a warp has 32 positions and 32 hidden units of h (16 where
+//            the block is alone), two at most of the 32 x 32 blocks of dtheta and dphi, which it keeps, and some of dx
+//            and dg. Where the block is alone, x and g of the next tile come beside this one's
 // Traffic    x, g and d read once, dx and dg written once
 // Numerics   float; dt and du rounded once, as eager's are; a tile's positions, then a block's tiles in order
-template <class T, bool last>
+template <class T, bool last, bool alone>
 ATTNKERN_KERNEL(kMostThreads, 1)
 attention_gate_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_GRID_CONSTANT const Plan plan,
                           ATTNKERN_GRID_CONSTANT const Work<T> work, ATTNKERN_GRID_CONSTANT const Operand d,
                           float* partial, float* dtheta, float* dphi) {
   constexpr Inner inner = last ? Inner::along : Inner::across;
+  constexpr int columns = alone ? kLaneColumns / 2 : kLaneColumns;  // hidden units of a lane
   const Sizes& n = p.sizes;
   const Operand &x = work.operands[work.theta], &g = work.operands[1 - work.theta];
   SharedArena arena;
-  const FusedTile<T> s(plan, arena);
+  const FusedTile<T> s(plan, alone ? 2 : 1, arena);
   const Shared<T> theta = s.weights.slice(0, plan.weight_size),
                   phi = s.weights.slice(plan.weight_size, plan.weight_size);
   const int part = plan.hidden * plan.weight_stride, hidden_stride = row_stride<T>(plan.hidden);
@@ -150,34 +163,44 @@ attention_gate_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKER
   fetch_weight(phi, work.weights[1 - work.theta], plan);
 
   const PassBlock own(plan);
-  const WarpPlace place(plan.hidden);
-  LaneVectors vectors;
+  const WarpPlace place(plan.hidden, kWarpTile, 4 * columns);
+  LaneVectors<columns> vectors;
   WarpProduct<T, 2, 4> weight_sums[kWeightTiles];
-  for (int64_t unit = block_index(); unit < plan.units; unit += plan.blocks) {
+  const auto fetch_maps = [&](int64_t unit, int buffer) {
+    if (unit >= plan.units) return;
     const GateTile tile = tile_of(n, plan, unit);
-    fetch<T, last>(s.x, plan.map_stride, x, n, tile, plan.tile, 0, x.width);
-    fetch<T, last>(s.g, plan.map_stride, g, n, tile, plan.tile, 0, g.width);
-    if (d.map.data) fetch<T, last>(s.d, plan.map_stride, d, n, tile, plan.tile, 0, d.width);
+    fetch<T, last>(s.x.slice(buffer, plan.map_size), plan.map_stride, x, n, tile, plan.tile, 0, x.width);
+    fetch<T, last>(s.g.slice(buffer, plan.map_size), plan.map_stride, g, n, tile, plan.tile, 0, g.width);
+  };
+  int buffer = 0;  // where a tile's x and g begin
+  for (int64_t unit = block_index() - plan.blocks; unit < plan.units; unit += plan.blocks) {
+    const int64_t next = unit + plan.blocks;
+    const int other = alone ? plan.map_size - buffer : 0;
+    async_wait<1>();  // all but d
+    block_sync();
+    if (alone) fetch_maps(next, other);
     async_commit();
-    async_wait();
-    block_sync();
-    logit_gradients<T, last>(p, plan, s, tile, d.width);
-    block_sync();
-
-    {
-      WarpProduct<T, kLaneRows / 2, kLaneColumns / 2> t, u;
+    if (unit >= 0) {
+      const GateTile tile = tile_of(n, plan, unit);
+      const Shared<T> tile_x = s.x.slice(buffer, plan.map_size), tile_g = s.g.slice(buffer, plan.map_size);
+      WarpProduct<T, kLaneRows / 2, columns / 2> t, u;
       const auto at = [&](int stride) { return last ? place.row * stride : place.row; };
       const auto weight = [&](const Shared<T>& w) {
         return Block<T>{w, place.column * plan.weight_stride, plan.weight_stride};
       };
-      t.template multiply<inner, Inner::along, kParts<T>>({s.x, at(plan.map_stride), plan.map_stride}, weight(theta),
+      t.template multiply<inner, Inner::along, kParts<T>>({tile_x, at(plan.map_stride), plan.map_stride}, weight(theta),
                                                           x.width, part);
-      u.template multiply<inner, Inner::along, kParts<T>>({s.g, at(plan.map_stride), plan.map_stride}, weight(phi),
+      u.template multiply<inner, Inner::along, kParts<T>>({tile_g, at(plan.map_stride), plan.map_stride}, weight(phi),
                                                           g.width, part);
+      async_wait<1>();  // all but the next tile's x and g
+      block_sync();
+      logit_gradients<T, last>(p, plan, s, p.target == Target::x ? tile_x : tile_g, tile, d.width);
+      block_sync();
+
       const LaneGradients gradients(s.dq, tile, place.row);
       const int row = place.row + lane_id() / 4;
 #pragma unroll
-      for (int j = 0; j < kLaneColumns; j += 2) {
+      for (int j = 0; j < columns; j += 2) {
         const int f = place.column + j / 2 * 8 + lane_id() % 4 * 2;
         const UnitGradient one(p, f, gradients, t, u, j, vectors);
         const UnitGradient two(p, f + 1, gradients, t, u, j + 1, vectors);
@@ -190,31 +213,36 @@ attention_gate_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKER
       }
 #pragma unroll
       for (int r = 0; r < kLaneRows; ++r) vectors.dpsi_bias += gradients.value[r];
-    }
-    block_sync();
+      block_sync();
 
-    if (partial) {
+      if (partial) {
 #pragma unroll
-      for (int i = 0; i < kWeightTiles; ++i) {
-        const WeightTile of(plan, x.width, g.width, i);
-        if (!of.exists) continue;
-        WarpProduct<T, 2, 4> product;
-        product.template multiply<Inner::across, last ? Inner::across : Inner::along>(
-            {of.of_x ? s.dt : s.du, of.row, hidden_stride},
-            {of.of_x ? s.x : s.g, last ? of.column : of.column * plan.map_stride, plan.map_stride}, plan.tile);
-        weight_sums[i].add(product);
+        for (int i = 0; i < kWeightTiles; ++i) {
+          const WeightTile of(plan, x.width, g.width, i);
+          if (!of.exists) continue;
+          WarpProduct<T, 2, 4> product;
+          product.template multiply<Inner::across, last ? Inner::across : Inner::along>(
+              {of.of_x ? s.dt : s.du, of.row, hidden_stride},
+              {of.of_x ? tile_x : tile_g, last ? of.column : of.column * plan.map_stride, plan.map_stride}, plan.tile);
+          weight_sums[i].add(product);
+        }
+        block_sync();  // x and g were read
       }
-      block_sync();  // x and g were read
+      if (p.dx.data) map_gradient<T, last>(plan, s, tile_x, s.dt, theta, x.width, p.target == Target::x && d.map.data);
+      if (p.dg.data) map_gradient<T, last>(plan, s, tile_g, s.du, phi, g.width, p.target == Target::g && d.map.data);
+      block_sync();  // d was read
+      if (p.dx.data) put_map<T, last>(p.dx, tile_x, x, plan, tile);
+      if (p.dg.data) put_map<T, last>(p.dg, tile_g, g, plan, tile);
+      if (!alone) block_sync();
     }
-    if (p.dx.data)
-      map_gradient<T, last>(plan, s, s.x, s.dt, theta, x.width, tile.count, p.target == Target::x && d.map.data);
-    if (p.dg.data)
-      map_gradient<T, last>(plan, s, s.g, s.du, phi, g.width, tile.count, p.target == Target::g && d.map.data);
-    block_sync();
-    if (p.dx.data) put_map<T, last>(p.dx, s.x, x, plan, tile);
-    if (p.dg.data) put_map<T, last>(p.dg, s.g, g, plan, tile);
-    block_sync();
+    if (!alone) fetch_maps(next, other);
+    async_commit();
+    if (d.map.data && next < plan.units)
+      fetch<T, last>(s.d, plan.map_stride, d, n, tile_of(n, plan, next), plan.tile, 0, d.width);
+    async_commit();
+    buffer = other;
   }
+  async_wait();
   if (!partial) return;
   vectors.put(slot_of(partial, plan, own, place, 3), plan.hidden, place.column == 0, false);
 #pragma unroll

@@ -22,15 +22,16 @@ struct UnitBranch {
 };
 
 // A lane's sums over its positions.
+template <int Columns = kLaneColumns>
 struct LaneVectors {
-  float dbias[kLaneColumns] = {}, dpsi[kLaneColumns] = {}, dpsi_bias = 0.0f;
+  float dbias[Columns] = {}, dpsi[Columns] = {}, dpsi_bias = 0.0f;
 
   // Writes, or adds to, a warp's slot [3, pitch]; the warps of the first hidden units have the slot's dpsi_bias.
   ATTNKERN_DEVICE void put(float* slot, int64_t pitch, bool first, bool adds) const {
     const auto add = [&](bool own, float* to, float value) {
       if (own) store_global(to, adds ? load_global(to) + value : value);
     };
-    each_unit([&](int i, int unit) {
+    each_unit<Columns>([&](int i, int unit) {
       add(lane_id() < 4, slot + unit, rows_sum(dbias[i]));
       add(lane_id() < 4, slot + pitch + unit, rows_sum(dpsi[i]));
     });
@@ -43,9 +44,9 @@ struct LaneVectors {
 struct UnitGradient {
   float dt[kLaneRows], du[kLaneRows];
 
-  template <class Product>
+  template <class Product, class Vectors>
   ATTNKERN_DEVICE UnitGradient(const BackwardParams& p, int64_t f, const LaneGradients& dq, const Product& t,
-                               const Product& u, int i, LaneVectors& sums) {
+                               const Product& u, int i, Vectors& sums) {
     const bool exists = f < p.sizes.hidden;
     const int64_t at = exists ? f : 0;
     const HiddenUnit unit(p, p.theta_branch.scale, p.phi_branch.scale, at);
@@ -79,7 +80,7 @@ attention_gate_hidden_gradient_kernel(ATTNKERN_GRID_CONSTANT const BackwardParam
   SharedArena arena;
   const Stream<T, last> stream(p.sizes, plan, work, arena, own.pass, 1);
   WarpProduct<T, kLaneRows / 2, kLaneColumns / 2> t, u;
-  LaneVectors vectors;
+  LaneVectors<> vectors;
   const int64_t first = int64_t{own.pass} * plan.hidden + place.column;
   stream.run(out.first + own.block, out.last, [&](const Step& step, int stage) {
     if (step.operand == work.theta)

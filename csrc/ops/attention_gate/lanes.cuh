@@ -30,10 +30,10 @@ ATTNKERN_DEVICE float rows_sum(float value) {
 }
 
 // f(i, unit) for this lane's hidden units: i is its own, `unit` the warp's.
-template <class F>
+template <int Columns = kLaneColumns, class F>
 ATTNKERN_DEVICE void each_unit(const F& f) {
 #pragma unroll
-  for (int i = 0; i < kLaneColumns; ++i) f(i, i / 2 * 8 + lane_id() % 4 * 2 + i % 2);
+  for (int i = 0; i < Columns; ++i) f(i, i / 2 * 8 + lane_id() % 4 * 2 + i % 2);
 }
 
 // Element of a lane's row r and hidden unit i.

@@ -40,11 +40,15 @@ int64_t row_stride(const Problem& p, int64_t width) {
 
 int64_t in_packs(int64_t bytes) { return round_up(bytes, 16); }
 
+// Parts of a weight: of the hidden layer's product, and with the nearest number beside them.
+int64_t parts_of(const Problem& p) { return p.dtype_bytes == 2 ? 2 : 1; }
+int64_t stored_parts_of(const Problem& p) { return p.dtype_bytes == 2 ? 3 : 1; }
+
 // Shared memory of a block with plan's tile, hidden, whole and chunk; fills in what follows from them.
-int64_t lay_out(const Problem& p, Plan& plan) {
+int64_t lay_out(const Problem& p, Plan& plan, int64_t parts) {
   const Widths widths = widths_of(p);
   const int64_t widest = std::max(widths.theta, widths.phi), maps = widths.phi ? 2 : 1;
-  const int64_t parts = p.dtype_bytes == 2 ? 2 : 1, chunk = plan.whole ? widest : plan.chunk;
+  const int64_t chunk = plan.whole ? widest : plan.chunk;
   const int64_t map_stride = row_stride(p, p.last ? chunk : plan.tile), weight_stride = row_stride(p, chunk);
   const int64_t map_size = (p.last ? plan.tile : chunk) * map_stride, weight_size = parts * plan.hidden * weight_stride;
   const int64_t scores =
@@ -61,14 +65,17 @@ int64_t lay_out(const Problem& p, Plan& plan) {
   return bytes;
 }
 
-// The same of a block of the fused backward, by lay_out's strides: x, g and d of a tile, dt and du, both weights; dq,
-// alpha and what dq is added up from.
+// Threads of a block, a warp 32 positions and 32 hidden units of a product, or 16.
+int threads_of(const Plan& plan) { return (plan.alone ? 2 : 1) * plan.tile / kWarpTile * plan.hidden; }
+
+// The same of a block of the fused backward, by lay_out's strides: x and g of a tile or two, d, dt and du, both
+// weights; dq, alpha and what dq is added up from.
 int64_t lay_out_fused(const Problem& p, Plan& plan) {
-  lay_out(p, plan);
-  const int64_t rows = plan.tile * row_stride(p, plan.hidden), threads = plan.tile / kWarpTile * plan.hidden;
-  const int64_t bytes = 3 * in_packs(int64_t{plan.map_size} * p.dtype_bytes) + 2 * in_packs(rows * p.dtype_bytes) +
+  lay_out(p, plan, stored_parts_of(p));
+  const int64_t rows = plan.tile * row_stride(p, plan.hidden), maps = plan.alone ? 5 : 3;
+  const int64_t bytes = maps * in_packs(int64_t{plan.map_size} * p.dtype_bytes) + 2 * in_packs(rows * p.dtype_bytes) +
                         in_packs(2 * int64_t{plan.weight_size} * p.dtype_bytes) + 2 * in_packs(4 * plan.tile) +
-                        in_packs(4 * threads * 16 / p.dtype_bytes);
+                        in_packs(int64_t{4} * threads_of(plan) * 16 / p.dtype_bytes);
   plan.shared_bytes = static_cast<int>(std::min<int64_t>(bytes, INT32_MAX));
   return bytes;
 }
@@ -90,20 +97,25 @@ int most_positions(const Problem& p, const cuda::DeviceProperties& device) {
   return tile;
 }
 
-// The longest tile of which two blocks share an SM, by memory and by registers, and whose warps have room for the sums
-// of the weights' gradients. A map too small for such tiles takes few of them: five launches cost more.
-void choose_fused(const Problem& p, Plan& plan, int64_t limit, int longest, const Force& force) {
+// The longest tile of which two blocks share an SM, by memory and by registers, or else one of eight warps alone, and
+// whose warps have room for the sums of the weights' gradients. A map too small for such tiles takes few of them: five
+// launches cost more.
+void choose_fused(const Problem& p, Plan& plan, int64_t half, int64_t whole, int longest, const Force& force) {
   const bool ranges = force.chunk || force.chunk_units;
   if (p.task != Task::backward || p.resampled || volume_of(p.sizes.kernel) > 1 || ranges) return;
   const Widths widths = widths_of(p);
-  for (int tile = force.tile ? force.tile : std::max(longest, 2 * kWarpTile); tile >= kWarpTile; tile /= 2) {
-    choose_hidden(p, plan, tile);
-    const int rows = plan.hidden / kWarpTile, warps = tile / kWarpTile * rows;
-    const int64_t sums = rows * (widths.theta + widths.phi) / kWarpTile;
-    plan.fused =
-        plan.passes == 1 && 2 * warps <= kWarps && sums <= kWeightTiles * warps && lay_out_fused(p, plan) <= limit;
-    if (plan.fused || force.tile) return;
-  }
+  for (const bool alone : {false, true})
+    for (int tile = force.tile ? force.tile : std::max(longest, 2 * kWarpTile); tile >= kWarpTile; tile /= 2) {
+      choose_hidden(p, plan, tile);
+      plan.alone = alone;
+      const int rows = plan.hidden / kWarpTile, warps = threads_of(plan) / 32;
+      const int64_t sums = rows * (widths.theta + widths.phi) / kWarpTile;
+      plan.fused = (alone || !force.alone) && plan.passes == 1 && (alone ? warps == kWarps : 2 * warps <= kWarps) &&
+                   sums <= kWeightTiles * warps && lay_out_fused(p, plan) <= (alone ? whole : half);
+      if (plan.fused) return;
+      if (force.tile) break;
+    }
+  plan.alone = false;
 }
 
 // The longest chunk that fits; tells whether one does.
@@ -111,15 +123,14 @@ bool choose_chunk(const Problem& p, Plan& plan, int tile, int warps, int64_t lim
   choose_hidden(p, plan, tile, warps);
   for (int chunk = force.chunk ? force.chunk : kMostChunk; chunk >= kWarpTile; chunk /= 2) {
     plan.chunk = chunk;
-    if (lay_out(p, plan) <= limit) return true;
+    if (lay_out(p, plan, parts_of(p)) <= limit) return true;
   }
   return false;
 }
 
 // Terms that a position costs in chunks: a tile reads all weights, a pass the maps again.
 double terms_read(const Problem& p, const Plan& plan) {
-  const double parts = p.dtype_bytes == 2 ? 2 : 1;
-  return plan.passes * (1 + parts * plan.hidden / plan.tile);
+  return plan.passes * (1 + double(parts_of(p)) * plan.hidden / plan.tile);
 }
 
 // Whole maps and weights where they fit: the longest tile that lets two blocks share an SM, or that fits at all. Else
@@ -129,12 +140,12 @@ void choose_tile(const Problem& p, Plan& plan, const cuda::DeviceProperties& dev
   const int64_t half = std::min<int64_t>(whole, device.shared_bytes_per_sm / 2 - 1024);
   const int longest = force.tile ? force.tile : most_positions(p, device), least = force.tile ? force.tile : kWarpTile;
   plan.whole = true;
-  choose_fused(p, plan, half, longest, force);
+  choose_fused(p, plan, half, whole, longest, force);
   if (plan.fused) return;
   for (const int64_t limit : {half, whole})
     for (int tile = longest; tile >= std::min(2 * least, longest) && !force.chunk; tile /= 2) {
       choose_hidden(p, plan, tile);
-      if (plan.passes == 1 && lay_out(p, plan) <= limit) return;
+      if (plan.passes == 1 && lay_out(p, plan, parts_of(p)) <= limit) return;
     }
   plan.whole = false;
   for (int warps = kWarps; warps > 0; warps /= 2) {
@@ -155,7 +166,7 @@ Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const For
   Plan plan{};
   const Sizes& n = p.sizes;
   choose_tile(p, plan, device, force);
-  plan.threads = 32 * (plan.tile / kWarpTile) * (plan.hidden / kWarpTile);
+  plan.threads = threads_of(plan);
   const int registers = p.task == Task::forward || p.task == Task::moments ? 128 : 255;  // of a thread, at most
   plan.blocks_per_sm = static_cast<int>(
       std::clamp<int64_t>(std::min<int64_t>(device.shared_bytes_per_sm / (int64_t{plan.shared_bytes} + 1024),
@@ -212,9 +223,9 @@ PlanAnswer answer(const PlanQuery& query, Task task) {
   p.last = query.get<bool>("channels_last", false);
   p.resampled = query.get<bool>("resampled", false);
   const cuda::DeviceProperties device = cuda::device_of(query);
-  const Plan plan =
-      make_plan(p, device,
-                {query.get<int>("force_tile", 0), query.get<int>("force_chunk", 0), query.get("force_chunk_units", 0)});
+  const Plan plan = make_plan(p, device,
+                              {query.get<int>("force_tile", 0), query.get<int>("force_chunk", 0),
+                               query.get("force_chunk_units", 0), query.get<bool>("force_alone", false)});
   return {
       {"threads", std::to_string(plan.threads)},
       {"tile", std::to_string(plan.tile)},
@@ -222,6 +233,7 @@ PlanAnswer answer(const PlanQuery& query, Task task) {
       {"passes", std::to_string(plan.passes)},
       {"whole", std::to_string(plan.whole)},
       {"fused", std::to_string(plan.fused)},
+      {"alone", std::to_string(plan.alone)},
       {"chunk", std::to_string(plan.chunk)},
       {"tiles", std::to_string(plan.tiles)},
       {"units", std::to_string(plan.units)},

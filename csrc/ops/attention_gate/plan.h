@@ -47,6 +47,7 @@ struct Plan {
   int blocks_per_sm;
   // backward
   bool fused;           // one kernel; the rest is for ranges of units
+  bool alone;           // fused, one block an SM: loads the next tile as it multiplies; warps have 16 hidden units
   int64_t chunk_units;  // units whose hidden gradients the workspace holds at once
   int rows;             // hidden units of a block of the weights' gradients
   int splits;           // blocks that share a chunk there
@@ -57,6 +58,7 @@ struct Force {
   int tile = 0;
   int chunk = 0;            // terms, of a plan that is not whole
   int64_t chunk_units = 0;  // backward in ranges
+  bool alone = false;       // backward fused, if so
 };
 
 Problem problem_of(const ForwardParams& params);

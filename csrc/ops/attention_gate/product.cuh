@@ -102,16 +102,26 @@ struct WarpProduct {
     }
   }
 
-  // f(row, column, value) for this lane's sums.
+  // f(row, column, values) for this lane's sums, two neighbours of a row a call.
   template <class F>
-  ATTNKERN_DEVICE void each(const F& f) {
+  ATTNKERN_DEVICE void each_pair(const F& f) const {
     const int g = lane_id() / 4, c = lane_id() % 4 * 2;
 #pragma unroll
     for (int i = 0; i < Rows; ++i)
 #pragma unroll
       for (int j = 0; j < Columns; ++j)
 #pragma unroll
-        for (int v = 0; v < 4; ++v) f(16 * i + v / 2 * 8 + g, 8 * j + c + v % 2, sum[i][j].values[v]);
+        for (int v = 0; v < 4; v += 2)
+          f(16 * i + v / 2 * 8 + g, 8 * j + c, Vec<float, 2>{{sum[i][j].values[v], sum[i][j].values[v + 1]}});
+  }
+
+  // f(row, column, value) for this lane's sums.
+  template <class F>
+  ATTNKERN_DEVICE void each(const F& f) const {
+    each_pair([&](int row, int column, const Vec<float, 2>& pair) {
+      f(row, column, pair[0]);
+      f(row, column + 1, pair[1]);
+    });
   }
 
  private:
