@@ -118,11 +118,21 @@ def test_the_compiled_graphs_of_gates_call_the_kernels(call, target):
     for graph, names in (
         (
             forward,
-            {"attention_gate_fwd": 1, "attention_gate_moments": 2 * batch, "gate_apply_fwd": apart},
+            {
+                "attention_gate_fwd": 1,
+                "attention_gate_moments": 2 * batch,
+                "gate_norm_fwd": 2 * batch,
+                "gate_apply_fwd": apart,
+            },
         ),
         (
             backward,
-            {"attention_gate_bwd": 1, "attention_gate_sums": batch, "gate_apply_bwd": apart},
+            {
+                "attention_gate_bwd": 1,
+                "attention_gate_sums": batch,
+                "gate_norm_bwd": 2 * batch,
+                "gate_apply_bwd": apart,
+            },
         ),
     ):
         for name, count in names.items():

@@ -110,12 +110,12 @@ GATES = [c for c in EVERY if c.spec.operator == "attention_gate_fwd"]
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("call", GATES, ids=str)
 def test_attention_gate(call, target, channels_last, monkeypatch):
-    """All six operators, with the arguments that each case gives them."""
+    """All eight operators, with the arguments that each case gives them."""
     recorders = {}
     for name in ("fwd", "bwd", "moments", "sums"):
         recorders[f"attention_gate_{name}"] = _Recorder(_overload(f"attention_gate_{name}", target))
-    for name in ("fwd", "bwd"):
-        recorders[f"gate_apply_{name}"] = _Recorder(_overload(f"gate_apply_{name}", target))
+    for name in ("norm_fwd", "norm_bwd", "apply_fwd", "apply_bwd"):
+        recorders[f"gate_{name}"] = _Recorder(_overload(f"gate_{name}", target))
     for name, recorder in recorders.items():
         monkeypatch.setitem(getattr(attention_gate, name), target.impl, recorder)
     tensors = call.inputs(target, channels_last=channels_last)

@@ -46,6 +46,26 @@ def test_derived_gradients_are_those_of_autograd(case, monkeypatch):
         torch.testing.assert_close(a, b, rtol=1e-11, atol=1e-12, msg=name)
 
 
+@pytest.mark.parametrize("given", itertools.product([False, True], repeat=3), ids=str)
+def test_every_gradient_of_a_folded_norm(given, target):
+    """Those of the running statistics too, which autograd of the same formulas has."""
+    if target.impl == "reference":
+        pytest.skip("the reference is no operator")
+    if not target.serves(torch.float64):
+        pytest.skip("it has no float64")
+    sizes = [(3, 4), *((3,) if present else None for present in given), (3,), (3,)]
+    leaves = [None if s is None else torch.rand(s, dtype=torch.float64) + 0.1 for s in sizes]
+    leaves = [None if t is None else t.requires_grad_() for t in leaves]
+    present = [t for t in leaves if t is not None]
+
+    def fold(*tensors):
+        left = iter(tensors)
+        return op.fold(target.impl, *(t if t is None else next(left) for t in leaves), eps=1e-3)
+
+    assert torch.autograd.gradcheck(fold, present)
+    assert torch.autograd.gradgradcheck(fold, present)
+
+
 # ------------------------------------------------------------------ resampling
 
 MODES = [("nearest", False), ("linear", False), ("linear", True)]

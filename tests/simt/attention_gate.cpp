@@ -41,8 +41,10 @@ const char* run(Params* p, const Force* force, Plan* ran, const Own& launch, con
 extern "C" {
 
 void ag_sizes(size_t* sizes) {
-  const size_t all[] = {sizeof(ForwardParams), sizeof(BackwardParams),      sizeof(MomentsParams), sizeof(SumsParams),
-                        sizeof(ApplyParams),   sizeof(ApplyBackwardParams), sizeof(Force),         sizeof(Plan)};
+  const size_t all[] = {sizeof(ForwardParams), sizeof(BackwardParams),      sizeof(MomentsParams),
+                        sizeof(SumsParams),    sizeof(NormParams),          sizeof(NormBackwardParams),
+                        sizeof(ApplyParams),   sizeof(ApplyBackwardParams), sizeof(Force),
+                        sizeof(Plan)};
   for (size_t size : all) *sizes++ = size;
 }
 
@@ -51,6 +53,8 @@ ATTNKERN_RUN(backward, BackwardParams)
 ATTNKERN_RUN(moments, MomentsParams)
 ATTNKERN_RUN(sums, SumsParams)
 
+const char* ag_norm(NormParams* p) { return launch_norm_cuda(*p, nullptr).message; }
+const char* ag_norm_backward(NormBackwardParams* p) { return launch_norm_backward_cuda(*p, nullptr).message; }
 const char* ag_apply(ApplyParams* p) { return launch_apply_cuda(*p, nullptr).message; }
 const char* ag_apply_backward(ApplyBackwardParams* p) { return launch_apply_backward_cuda(*p, nullptr).message; }
 

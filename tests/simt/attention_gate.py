@@ -47,6 +47,13 @@ ApplyParams = _struct("ApplyParams", "dtype:i batch:l channels:l length:l x:m al
 ApplyBackwardParams = _struct(
     "ApplyBackwardParams", "dtype:i batch:l channels:l length:l x:m dy:m alpha dx:m dalpha", m=Map
 )
+NormParams = _struct(
+    "NormParams",
+    "dtype:i hidden:l terms:l weight bias gamma beta mean var eps:d folded shift scale",
+)
+NormBackwardParams = _struct(
+    "NormBackwardParams", "dtype:i hidden:l count:l dh dht mean var scale eps:d k0 k1 dgamma"
+)
 Force = _struct("Force", "tile:i chunk:i chunk_units:l alone:b", b=ctypes.c_bool)
 Plan = _struct(
     "Plan",
@@ -59,12 +66,13 @@ Plan = _struct(
 
 class Emulated(Launchers):
     folder = "attention_gate"
-    sources = ("forward.cu", "backward.cu", "statistics.cu", "apply.cu", "plan.cpp")
+    sources = ("forward.cu", "backward.cu", "statistics.cu", "norm.cu", "apply.cu", "plan.cpp")
     prefix = "ag"
-    names = ("forward", "backward", "moments", "sums", "apply", "apply_backward")
+    planned_names = ("forward", "backward", "moments", "sums")
+    names = (*planned_names, "norm", "norm_backward", "apply", "apply_backward")
     mirrors = (
         *(ForwardParams, BackwardParams, MomentsParams, SumsParams),
-        *(ApplyParams, ApplyBackwardParams, Force, Plan),
+        *(NormParams, NormBackwardParams, ApplyParams, ApplyBackwardParams, Force, Plan),
     )
 
     def operators(self) -> tuple[tuple[Any, Any], ...]:
@@ -74,6 +82,8 @@ class Emulated(Launchers):
             (op.attention_gate_bwd, self.backward),
             (op.attention_gate_moments, self.moments),
             (op.attention_gate_sums, self.sums),
+            (op.gate_norm_fwd, self.norm),
+            (op.gate_norm_bwd, self.norm_backward),
             (op.gate_apply_fwd, self.apply),
             (op.gate_apply_bwd, self.apply_backward),
         )
@@ -144,6 +154,26 @@ class Emulated(Launchers):
         self._call("sums", p, outputs, {}, i.x)
         return tuple(outputs.values())
 
+    def norm(self, weight: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        p = NormParams(dtype=DTYPES.index(weight.dtype), eps=rest[-1])
+        p.hidden, p.terms = weight.shape
+        names = ("weight", "bias", "gamma", "beta", "mean", "var")
+        for name, t in zip(names, (weight, *rest[:-1]), strict=True):
+            setattr(p, name, self.upload(t, name))
+        vectors = {name: weight.new_empty(p.hidden) for name in ("shift", "scale")}
+        outputs = {"folded": torch.empty_like(weight), **vectors}
+        self._call("norm", p, outputs, {}, weight)
+        return tuple(outputs.values())
+
+    def norm_backward(self, dq: Tensor, dh: Tensor, *rest: Any) -> tuple[Tensor, ...]:
+        p = NormBackwardParams(dtype=DTYPES.index(dh.dtype), eps=rest[-1])
+        p.hidden, p.count = len(dh), dq.numel()
+        for name, t in zip(("dh", "dht", "mean", "var", "scale"), (dh, *rest[:-1]), strict=True):
+            setattr(p, name, self.upload(t, name))
+        outputs = {name: torch.empty_like(dh) for name in ("k0", "k1", "dgamma")}
+        self._call("norm_backward", p, outputs, {}, dh)
+        return tuple(outputs.values())
+
     def apply(self, x: Tensor, alpha: Tensor) -> Tensor:
         p, y = ApplyParams(), torch.empty_like(x)
         self._fill_apply(p, x, alpha)
@@ -179,7 +209,7 @@ class Emulated(Launchers):
         self, name: str, p: Any, small: dict[str, Tensor], maps: dict[str, Tensor], x: Tensor
     ) -> None:
         strided = {output: lambda at, t: Map(at, *_strides(t, x)) for output in maps}
-        planned = () if name.startswith("apply") else self.planned(Force, Plan)
+        planned = self.planned(Force, Plan) if name in self.planned_names else ()
         self.call(name, p, {**small, **maps}, strided, *planned)
 
 

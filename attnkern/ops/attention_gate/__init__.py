@@ -13,6 +13,8 @@ _triton.serve(
     "attention_gate_bwd",
     "attention_gate_moments",
     "attention_gate_sums",
+    "gate_norm_fwd",
+    "gate_norm_bwd",
     "gate_apply_fwd",
     "gate_apply_bwd",
 )

@@ -11,15 +11,13 @@ from torch import Tensor
 
 from attnkern import _autocast
 from attnkern.ops.attention_gate import checks, op
-from attnkern.ops.attention_gate.norm import (
-    BatchNorm,
+from attnkern.ops.attention_gate.norm import BatchNorm, in_dtype, of_no_samples, track
+from attnkern.ops.attention_gate.reference import (
+    Inputs,
+    Options,
+    accumulation_dtype,
     coefficients,
-    fold,
-    in_dtype,
-    of_no_samples,
-    track,
 )
-from attnkern.ops.attention_gate.reference import Inputs, Options, accumulation_dtype
 from attnkern.ops.attention_gate.resample import taps
 
 
@@ -119,13 +117,14 @@ def attention_gate(
         if out_weight is not None:
             out_norm = of_no_samples(out_norm, out_weight.shape[0], out_weight)
     with _autocast.full_precision(x):
-        theta = _convolution(theta_weight, theta_bias, theta_norm, x)
-        signal = _signal(g, grid, phi_weight, phi_bias, phi_norm, upsample, align_corners)
+        theta = _convolution(impl, theta_weight, theta_bias, theta_norm, x)
+        signal = _signal(impl, g, grid, phi_weight, phi_bias, phi_norm, upsample, align_corners)
         over_psi = psi_norm if psi_norm is not None and psi_norm.over_batch else None
         folded = None if over_psi else psi_norm
         row = psi_weight if psi_weight.dim() > 1 else psi_weight.unsqueeze(0)
-        psi = _convolution(row, psi_bias, folded, x)
+        psi = _convolution(impl, row, psi_bias, folded, x)
         norms = op.Norms(theta.eps, signal.eps)
+        over_batch = op.OverBatch(theta.gamma, signal.gamma, theta.cancelled, signal.cancelled)
         i = Inputs(
             *(_map(x), _map(signal.g), theta.weight, signal.phi),
             *(_sum(theta.bias, signal.bias), psi.weight.flatten(), psi.bias),
@@ -141,9 +140,8 @@ def attention_gate(
             and carried == target
         )
         o = Options(act, float(act_slope), *_three(kernel), carried, at_once)
-        q, y, moments = op.gate(impl, i, o, norms, (theta.gamma, signal.gamma))
-        _track(theta_norm, moments[:2], positions, theta_bias)
-        _track(phi_norm, moments[2:], positions, phi_bias)
+        q, y, moments = op.gate(impl, i, o, norms, over_batch)
+        track((theta_norm, phi_norm), (moments[:2], moments[2:]), (theta_bias, phi_bias), positions)
         if at_once and not return_alpha:
             alpha = alpha_full = q
         else:
@@ -155,7 +153,7 @@ def attention_gate(
         for _ in range(5 - x.dim()):
             y = y.squeeze(2)  # keeps y's strides; reshape chooses them anew for a batch of 1
         if out_weight is not None:
-            y = _out(y, out_weight, out_bias, out_norm)
+            y = _out(impl, y, out_weight, out_bias, out_norm)
     return (y, alpha.to(x.dtype), alpha_full.to(x.dtype)) if return_alpha else y
 
 
@@ -164,22 +162,24 @@ class _Convolution(NamedTuple):
 
     weight: Tensor
     bias: Tensor | None
-    gamma: Tensor | None
-    eps: float | None
+    gamma: Tensor | None = None
+    eps: float | None = None
     """None unless the norm is over the batch."""
+    cancelled: Tensor | None = None
+    """The convolution's own bias, if so."""
 
 
 def _convolution(
-    weight: Tensor, bias: Tensor | None, norm: BatchNorm | None, x: Tensor
+    impl: str, weight: Tensor, bias: Tensor | None, norm: BatchNorm | None, x: Tensor
 ) -> _Convolution:
     acc = accumulation_dtype(x.dtype)
     w, b = in_dtype(_matrix(weight), acc), in_dtype(bias, acc)
-    if norm is None or not norm.over_batch:
-        return _Convolution(*fold(norm, w, b), None, None)
-    gamma, beta = in_dtype(norm.weight, acc), in_dtype(norm.bias, acc)
-    # the mean takes the bias off again; its gradient is 0 rather than none, as DDP wants one
-    nothing = None if b is None else 0.0 * b
-    return _Convolution(w, _sum(nothing, beta), gamma, norm.eps)
+    if norm is None:
+        return _Convolution(w, b)
+    mean, var, gamma, beta = (in_dtype(t, acc) for t in norm[:4])
+    if norm.over_batch:
+        return _Convolution(w, beta, gamma, norm.eps, b)
+    return _Convolution(*op.fold(impl, w, b, gamma, beta, mean, var, eps=norm.eps))
 
 
 def _matrix(weight: Tensor) -> Tensor:
@@ -202,11 +202,13 @@ class _Signal(NamedTuple):
     bias: Tensor | None
     gamma: Tensor | None = None
     eps: float | None = None
+    cancelled: Tensor | None = None
     taps: Tensor | None = None
     tap_weights: Tensor | None = None
 
 
 def _signal(
+    impl: str,
     g: Tensor,
     grid: tuple[int, ...],
     weight: Tensor,
@@ -216,24 +218,16 @@ def _signal(
     align_corners: bool,
 ) -> _Signal:
     if tuple(g.shape[2:]) == grid:
-        return _Signal(g, *_convolution(weight, bias, norm, g))
+        return _Signal(g, *_convolution(impl, weight, bias, norm, g))
     assert upsample is not None
     given = g.shape[2:]
     over_batch = norm if norm is not None and norm.over_batch else None
-    phi, b, *_ = _convolution(weight, bias, None if over_batch else norm, g)
+    phi, b, *_ = _convolution(impl, weight, bias, None if over_batch else norm, g)
     g = F.conv1d(g.flatten(2), phi.to(g.dtype).unsqueeze(2)).unflatten(2, given)
     if over_batch is not None:
         g, b = _batch_norm(g, over_batch, b), None
     where = taps(given, grid, upsample, align_corners, phi.dtype, g.device)
     return _Signal(g, None, b, taps=where[0], tap_weights=where[1])
-
-
-def _track(
-    norm: BatchNorm | None, moments: tuple[Tensor | None, ...], count: int, bias: Tensor | None
-) -> None:
-    mean, var = moments
-    if norm is not None and mean is not None and var is not None:
-        track(norm, mean, var, count, bias)
 
 
 def _three(sizes: Any) -> tuple[int, int, int]:
@@ -286,8 +280,9 @@ def _batch_norm(t: Tensor, norm: BatchNorm, bias: Tensor | None = None) -> Tenso
     dims = [d for d in range(t.dim()) if d != 1]
     acc = accumulation_dtype(t.dtype)
     var, mean = torch.var_mean(t.to(acc), dims, correction=0)
-    scale, shift = coefficients(norm, mean, var, None)
-    track(norm, mean, var, t.numel() // t.shape[1], None)
+    gamma, beta = (in_dtype(p, acc) for p in norm[2:4])
+    scale, shift = coefficients(None, gamma, beta, mean, var, eps)
+    track((norm,), ((mean, var),), (None,), t.numel() // t.shape[1])
     shape = (-1, *(1,) * (t.dim() - 2))
     return (t * scale.view(shape) + shift.view(shape)).to(t.dtype)
 
@@ -300,10 +295,11 @@ def _cancelled(norm: BatchNorm, bias: Tensor) -> tuple[BatchNorm, Tensor]:
     return norm._replace(bias=beta), bias.detach()
 
 
-def _out(y: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm | None) -> Tensor:
-    acc = accumulation_dtype(y.dtype)
-    w, b = fold(norm, in_dtype(_matrix(weight), acc), in_dtype(bias, acc))
+def _out(
+    impl: str, y: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm | None
+) -> Tensor:
     over_batch = norm if norm is not None and norm.over_batch else None
+    w, b, *_ = _convolution(impl, weight, bias, None if over_batch else norm, y)
     if over_batch is not None and b is not None:
         over_batch, b = _cancelled(over_batch, b)
     convolution = (F.conv1d, F.conv2d, F.conv3d)[y.dim() - 3]

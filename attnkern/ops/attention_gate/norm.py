@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
@@ -46,46 +47,35 @@ def of_no_samples(norm: BatchNorm | None, size: int, like: Tensor) -> BatchNorm 
     return norm._replace(running_mean=mean, running_var=torch.ones_like(mean), training=False)
 
 
-def coefficients(
-    norm: BatchNorm, mean: Tensor, var: Tensor, bias: Tensor | None
-) -> tuple[Any, Any]:
-    """scale and shift of batch_norm(t + bias) = scale t + shift, in the dtype of mean and var."""
-    scale = torch.rsqrt(var + norm.eps)
-    if norm.weight is not None:
-        scale = scale * in_dtype(norm.weight, scale.dtype)
-    centre = -mean if bias is None else bias - mean
-    if norm.bias is None:
-        return scale, scale * centre
-    return scale, torch.addcmul(in_dtype(norm.bias, scale.dtype), scale, centre)
+def track(
+    norms: Sequence[BatchNorm | None],
+    moments: Sequence[Sequence[Tensor | None]],
+    biases: Sequence[Tensor | None],
+    count: int,
+) -> None:
+    """Move running statistics towards the ``moments`` of a batch of ``count`` values: var is unbiased there.
 
-
-def fold(
-    norm: BatchNorm | None, weight: Tensor, bias: Tensor | None
-) -> tuple[Tensor, Tensor | None]:
-    """weight [F, C] and bias [F] of a convolution with its ``norm`` in evaluation folded in."""
-    if norm is None or norm.over_batch:
-        return weight, bias
-    mean, var = (in_dtype(t, weight.dtype) for t in (norm.running_mean, norm.running_var))
-    scale, shift = coefficients(norm, mean, var, bias)
-    return weight * scale.unsqueeze(1), shift
-
-
-def track(norm: BatchNorm, mean: Tensor, var: Tensor, count: int, bias: Tensor | None) -> None:
-    """Move the running statistics towards those of a batch of ``count`` values: var is unbiased there.
-
-    ``mean`` is that of the convolution without its ``bias``.
+    Means are those of convolutions without their ``biases``.
     """
-    if not norm.training or norm.running_mean is None or norm.running_var is None:
+    tracked: list[Any] = [
+        (norm, *pair, bias)
+        for norm, pair, bias in zip(norms, moments, biases, strict=True)
+        if norm is not None and norm.training and not any(t is None for t in (*norm[:2], *pair))
+    ]
+    if not tracked:
         return
-    keep, move = 1 - norm.momentum, norm.momentum
-    with torch.no_grad():
-        mean = mean if bias is None else mean + bias
-        unbiased = move * count / max(count - 1, 1)
-        for running, of_batch, share in (
-            (norm.running_mean, mean, move),
-            (norm.running_var, var, unbiased),
-        ):
-            if running.dtype is of_batch.dtype:
-                running.mul_(keep).add_(of_batch, alpha=share)
-            else:  # rounded once, as torch's
-                running.copy_(running.to(of_batch.dtype).mul_(keep).add_(of_batch, alpha=share))
+    with (
+        torch.no_grad()
+    ):  # four launches on a GPU where single tensors take eight, each rounded once
+        running = [t for norm, *_ in tracked for t in norm[:2]]
+        keep = [1 - norm.momentum for norm, *_ in tracked for _ in range(2)]
+        unbiased = count / max(count - 1, 1)
+        share = [m for norm, *_ in tracked for m in (norm.momentum, norm.momentum * unbiased)]
+        of_batch = [
+            t
+            for _, mean, var, bias in tracked
+            for t in (mean if bias is None else mean + bias, var)
+        ]
+        new = torch._foreach_mul(of_batch, share)
+        old = torch._foreach_mul([in_dtype(t, new[0].dtype) for t in running], keep)
+        torch._foreach_copy_(running, torch._foreach_add(new, old))

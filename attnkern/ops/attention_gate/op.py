@@ -22,10 +22,14 @@ def _fwd_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
     return q, torch.empty_like(i.x if o.target == "x" else i.g)
 
 
-def _sums_fake(dq: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:
+def _vectors(like: Tensor, count: int) -> tuple[Tensor, ...]:
+    """So many [F], ``like`` being [F, ...]."""
+    return tuple(like.new_empty(like.shape[0]) for _ in range(count))
+
+
+def _sums_fake(dq: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
     theta = arguments[2]
-    hidden = theta.shape[:1]
-    return theta.new_empty(hidden), theta.new_empty(hidden), theta.new_empty(hidden)
+    return _vectors(theta, 3)
 
 
 def _bwd_fake(d: Tensor | None, dq: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
@@ -66,13 +70,25 @@ attention_gate_bwd = _library.define(
 attention_gate_moments = _library.define(
     "attention_gate_moments",
     "(Tensor x, Tensor weight, int k1, int k2, int k3) -> (Tensor mean, Tensor var)",
-    lambda x, weight, *_: (weight.new_empty(weight.shape[0]), weight.new_empty(weight.shape[0])),
+    lambda x, weight, *_: _vectors(weight, 2),
 )
 attention_gate_sums = _library.define(
     "attention_gate_sums",
     f"(Tensor dq, {_TENSORS}, Tensor? theta_scale, Tensor? phi_scale, {_OPTIONS})"
     " -> (Tensor dh, Tensor dht, Tensor dhu)",
     _sums_fake,
+)
+gate_norm_fwd = _library.define(
+    "gate_norm_fwd",
+    "(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps)"
+    " -> (Tensor folded, Tensor shift, Tensor scale)",
+    lambda weight, *rest: (torch.empty_like(weight), *_vectors(weight, 2)),
+)
+gate_norm_bwd = _library.define(
+    "gate_norm_bwd",
+    "(Tensor dq, Tensor dh, Tensor dht, Tensor mean, Tensor var, Tensor scale, float eps)"
+    " -> (Tensor k0, Tensor k1, Tensor dgamma)",
+    lambda dq, dh, *_: _vectors(dh, 3),
 )
 gate_apply_fwd = _library.define(
     "gate_apply_fwd",
@@ -100,6 +116,23 @@ class Kernels:
         if self.plain:
             return reference.moments(x, weight, o)
         return attention_gate_moments[self.impl](x, weight, o.k1, o.k2, o.k3)
+
+    def norm(
+        self,
+        weight: Tensor,
+        gamma: Tensor | None,
+        beta: Tensor | None,
+        moments: tuple[Tensor, Tensor],
+        eps: float,
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        run = reference.norm_forward if self.plain else gate_norm_fwd[self.impl]
+        return run(weight, None, gamma, beta, *moments, eps)
+
+    def norm_backward(
+        self, dq: Tensor, dh: Tensor, dht: Tensor, s: Statistics, eps: float
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        run = reference.norm_backward if self.plain else gate_norm_bwd[self.impl]
+        return run(dq, dh, dht, *s, eps)
 
     def sums(
         self, dq: Tensor, i: Inputs, o: Options, theta: Branch | None, phi: Branch | None
@@ -139,72 +172,48 @@ class Norms(NamedTuple):
     phi: float | None = None
 
 
+class OverBatch(NamedTuple):
+    """What norms over the batch take besides, all [F]."""
+
+    theta_gamma: Tensor | None = None
+    phi_gamma: Tensor | None = None
+    theta_bias: Tensor | None = None
+    """Of the convolution before: the mean takes it off again, and its gradient is 0, as DDP wants one."""
+    phi_bias: Tensor | None = None
+
+
 class Statistics(NamedTuple):
-    """Of a branch t over the batch, all [F]; scale (t - mean) = gamma r (t - mean) enters h."""
+    """Of a branch t over the batch, all [F]; scale (t - mean) enters h."""
 
     mean: Tensor
     var: Tensor
-    r: Tensor
     scale: Tensor
 
 
-def _of_moments(mean: Tensor, var: Tensor, gamma: Tensor | None, eps: float) -> Statistics:
-    r = (var + eps).rsqrt()
-    return Statistics(mean, var, r, r if gamma is None else gamma * r)
+def _normed(
+    i: Inputs, more: OverBatch, norms: Norms, o: Options, k: Kernels
+) -> tuple[Inputs, tuple[Statistics | None, Statistics | None]]:
+    """theta, phi and bias with their norms folded in, which the forward multiplies by, and the statistics."""
+    theta, phi = i.theta, i.phi
+    bias, of_theta, of_phi = i.bias, None, None
+    if norms.theta is not None:
+        moments = k.moments(i.x, theta, o)
+        theta, bias, scale = k.norm(theta, more.theta_gamma, bias, moments, norms.theta)
+        of_theta = Statistics(*moments, scale)
+    if norms.phi is not None:
+        assert phi is not None
+        moments = k.moments(i.g, phi, o._replace(k1=1, k2=1, k3=1))
+        phi, bias, scale = k.norm(phi, more.phi_gamma, bias, moments, norms.phi)
+        of_phi = Statistics(*moments, scale)
+    return i._replace(theta=theta, phi=phi, bias=bias), (of_theta, of_phi)
 
 
-def _statistics(
-    x: Tensor, weight: Tensor, gamma: Tensor | None, eps: float | None, o: Options, k: Kernels
-) -> Statistics | None:
-    if eps is None:
-        return None
-    return _of_moments(*k.moments(x, weight, o), gamma, eps)
-
-
-def _both_statistics(
-    i: Inputs, gammas: tuple[Tensor | None, ...], norms: Norms, o: Options, k: Kernels
-) -> tuple[Statistics | None, Statistics | None]:
-    theta = _statistics(i.x, i.theta, gammas[0], norms.theta, o, k)
-    if norms.phi is None:
-        return theta, None
-    assert i.phi is not None
-    return theta, _statistics(i.g, i.phi, gammas[1], norms.phi, o._replace(k1=1, k2=1, k3=1), k)
-
-
-def _centred_bias(
-    bias: Tensor | None, theta: Statistics | None, phi: Statistics | None
-) -> Tensor | None:
-    for s in (theta, phi):
-        if s is not None:
-            start = torch.zeros_like(s.mean) if bias is None else bias
-            bias = torch.addcmul(start, s.scale, s.mean, value=-1)
-    return bias
-
-
-def _folded(i: Inputs, theta: Statistics | None, phi: Statistics | None) -> Inputs:
-    """theta and phi times their scales: what the forward multiplies by."""
-    if theta is not None:
-        i = i._replace(theta=theta.scale.unsqueeze(1) * i.theta)
-    if phi is not None:
-        assert i.phi is not None
-        i = i._replace(phi=phi.scale.unsqueeze(1) * i.phi)
-    return i
-
-
-def _branch(s: Statistics | None, dh: Tensor, dht: Tensor, count: int) -> Any:
-    """The `Branch` that returns through the statistics, and dgamma: h has gamma r (t - mean)."""
-    if s is None:
-        return None, None
-    dgamma = s.r * torch.addcmul(dht, s.mean, dh, value=-1)
-    k1 = s.scale * s.r * dgamma / -count
-    k0 = torch.addcmul(s.scale * dh / -count, k1, s.mean, value=-1)
-    return Branch(s.scale, k0, k1), dgamma
-
-
-def _by_branch(norms: Norms, moments: Any) -> Any:
-    """mean and var of theta's branch and of phi's, from those there are."""
-    left = iter(moments)
-    return tuple((None, None) if eps is None else (next(left), next(left)) for eps in norms)
+def _by_branch(norms: Norms, tensors: Any, each: int = 2) -> Any:
+    """``each`` tensors of theta's branch and of phi's, from those there are."""
+    left = iter(tensors)
+    return tuple(
+        (None,) * each if eps is None else tuple(next(left) for _ in range(each)) for eps in norms
+    )
 
 
 # ------------------------------------------------------------------ autograd
@@ -219,14 +228,14 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, impl: str, o: Options, norms: Norms, *tensors: Any) -> Any:
-        i, gammas, kernels = Inputs(*tensors[:9]), tensors[9:], Kernels(impl)
-        statistics = _both_statistics(i, gammas, norms, o, kernels)
-        centred = i._replace(bias=_centred_bias(i.bias, *statistics))
-        q, y = kernels.forward(_folded(centred, *statistics), o)
+        i, more, kernels = Inputs(*tensors[:9]), OverBatch(*tensors[9:]), Kernels(impl)
+        folded, statistics = _normed(i, more, norms, o, kernels)
+        q, y = kernels.forward(folded, o)
+        known = [s for s in statistics if s is not None]
         # without those there are not: torch.compile takes no output that is None
-        moments = [t for s in statistics if s is not None for t in (s.mean, s.var)]
+        moments = [t for s in known for t in (s.mean, s.var)]
         ctx.impl, ctx.options, ctx.norms = impl, o, norms
-        ctx.save_for_backward(*tensors, q, *moments)
+        ctx.save_for_backward(*tensors, q, folded.bias, *(t for s in known for t in s))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*moments)
         target = i.x if o.target == "x" else i.g
@@ -234,24 +243,21 @@ class _Gate(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dq: Tensor | None, d: Tensor | None, *_: Any) -> Any:
-        saved, o = ctx.saved_tensors, ctx.options
-        i, gammas, q = Inputs(*saved[:9]), saved[9:11], saved[11]
+        saved, o, norms = ctx.saved_tensors, ctx.options, ctx.norms
+        i, more, q, bias = Inputs(*saved[:9]), OverBatch(*saved[9:13]), saved[13], saved[14]
         needs = ctx.needs_input_grad[3:]
         # create_graph=True: the same formulas in differentiable PyTorch, for double backward
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
         kernels = Kernels("reference" if differentiable else ctx.impl)
         with _autocast.full_precision(i.x):
+            statistics: Any
             if differentiable:
-                statistics = _both_statistics(i, gammas, ctx.norms, o, kernels)
+                folded, statistics = _normed(i, more, norms, o, kernels)
+                bias = folded.bias
             else:
-                theta_saved, phi_saved = (
-                    None if eps is None else _of_moments(mean, var, gamma, eps)
-                    for eps, gamma, (mean, var) in zip(
-                        ctx.norms, gammas, _by_branch(ctx.norms, saved[12:]), strict=True
-                    )
-                )
-                statistics = (theta_saved, phi_saved)
-            i = i._replace(bias=_centred_bias(i.bias, *statistics))
+                statistics = _by_branch(norms, saved[15:], 3)
+                statistics = tuple(None if s[0] is None else Statistics(*s) for s in statistics)
+            i = i._replace(bias=bias)
             target = i.x if o.target == "x" else i.g
             if o.apply and d is None:
                 d = torch.zeros_like(target)
@@ -259,26 +265,41 @@ class _Gate(torch.autograd.Function):
                 dq = torch.zeros_like(q)
             d = None if d is None else _gradient(d, target, i.x)
             dq = None if dq is None else dq.contiguous()
-            theta, phi = (None if s is None else Branch(s.scale) for s in statistics)
-            dgammas: tuple[Tensor | None, ...] = (None, None)
-            if theta or phi:
+            branches: list[Branch | None] = [
+                None if s is None else Branch(s.scale) for s in statistics
+            ]
+            dgammas: list[Tensor | None] = [None, None]
+            if any(branches):
                 assert dq is not None
-                dh, dht, dhu = kernels.sums(dq, i, o, theta, phi)
-                count = q.numel()
-                theta, dtheta_gamma = _branch(statistics[0], dh, dht, count)
-                phi, dphi_gamma = _branch(statistics[1], dh, dhu, count)
-                dgammas = (dtheta_gamma, dphi_gamma)
-            grads = kernels.backward(
-                *(d, dq, i, q, o, theta, phi),
-                needs=(needs[0], needs[1], any(needs[2:7])),
-            )
-        by_input = (*grads, None, None, *dgammas)
+                dh, *by_branch = kernels.sums(dq, i, o, *branches)
+                for n, (s, dht, eps) in enumerate(zip(statistics, by_branch, norms, strict=True)):
+                    if s is not None:
+                        *k, dgammas[n] = kernels.norm_backward(dq, dh, dht, s, eps)
+                        branches[n] = Branch(s.scale, *k)
+            wanted = (needs[0], needs[1], any(needs[2:7]))
+            grads = kernels.backward(d, dq, i, q, o, branches[0], branches[1], wanted)
+            cancelled = (None if b is None else torch.zeros_like(b) for b in more[2:])
+        by_input = (*grads, None, None, *dgammas, *cancelled)
         return (
             None,
             None,
             None,
             *(grad if need else None for grad, need in zip(by_input, needs, strict=True)),
         )
+
+
+class _Fold(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, impl: str, eps: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
+        folded, shift, _ = gate_norm_fwd[impl](*tensors, eps)
+        ctx.eps = eps
+        ctx.save_for_backward(*tensors)
+        return folded, shift
+
+    @staticmethod
+    def backward(ctx: Any, dfolded: Tensor, dshift: Tensor) -> Any:
+        grads = reference.fold_backward(*(dfolded, dshift, *ctx.saved_tensors, ctx.eps))
+        return None, None, *grads
 
 
 class _Apply(torch.autograd.Function):
@@ -298,26 +319,35 @@ class _Apply(torch.autograd.Function):
 
 
 def gate(
-    impl: str, i: Inputs, o: Options, norms: Norms, gammas: tuple[Tensor | None, Tensor | None]
+    impl: str, i: Inputs, o: Options, norms: Norms, more: OverBatch
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
     """q, y (the target where not o.apply), and mean and variance of theta's and phi's branch over the batch."""
     if impl == "reference":
-        kernels = Kernels(impl)
         with _autocast.full_precision(i.x):
-            statistics = _both_statistics(i, gammas, norms, o, kernels)
-            centred = i._replace(bias=_centred_bias(i.bias, *statistics))
-            q, y = kernels.forward(_folded(centred, *statistics), o)
-        moments = tuple(
-            t for s in statistics for t in ((None, None) if s is None else (s.mean, s.var))
-        )
+            for b in more[2:]:
+                if b is not None:  # a gradient of 0
+                    i = i._replace(bias=0.0 * b if i.bias is None else i.bias + 0.0 * b)
+            folded, statistics = _normed(i, more, norms, o, Kernels(impl))
+            q, y = reference.forward(folded, o)
+        moments = tuple(t for s in statistics for t in ((None, None) if s is None else s[:2]))
         return q, y if o.apply else (i.x if o.target == "x" else i.g), moments
     i = readable(i)
-    if norms.theta is not None or norms.phi is not None or needs_grad(*i, *gammas):
-        q, y, *moments = _Gate.apply(impl, o, norms, *i, *gammas)
+    if norms.theta is not None or norms.phi is not None or needs_grad(*i, *more):
+        q, y, *moments = _Gate.apply(impl, o, norms, *i, *more)
         theta, phi = _by_branch(norms, moments)
         return q, y, (*theta, *phi)
     q, y = attention_gate_fwd[impl](*i, *o)
     return q, y if o.apply else (i.x if o.target == "x" else i.g), (None,) * 4
+
+
+def fold(impl: str, *tensors: Any, eps: float) -> tuple[Tensor, Tensor]:
+    """weight [F, C] and bias of a convolution with its norm in evaluation, as `reference.norm_forward` takes them."""
+    if impl == "reference":
+        return reference.norm_forward(*(*tensors, eps))[:2]
+    dense = [None if t is None else t.contiguous() for t in tensors]
+    if needs_grad(*tensors):
+        return _Fold.apply(impl, eps, *dense)
+    return gate_norm_fwd[impl](*dense, eps)[:2]
 
 
 def apply(impl: str, x: Tensor, alpha: Tensor) -> Tensor:

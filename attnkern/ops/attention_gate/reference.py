@@ -221,6 +221,36 @@ def moments(x: Tensor, weight: Tensor, o: Options) -> tuple[Tensor, Tensor]:
     return t.mean((0, 2, 3, 4)), t.var((0, 2, 3, 4), unbiased=False)
 
 
+def coefficients(
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
+    """scale and shift, [F]: batch_norm(t + bias) = scale t + shift."""
+    scale = torch.rsqrt(var + eps)
+    if gamma is not None:
+        scale = gamma * scale
+    centre = -mean if bias is None else bias - mean
+    return scale, scale * centre if beta is None else torch.addcmul(beta, scale, centre)
+
+
+def norm_forward(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """A product by ``weight`` [F, C] and its norm as one product: its weight, its bias, and the norm's scale."""
+    scale, shift = coefficients(bias, gamma, beta, mean, var, eps)
+    return scale.unsqueeze(1) * weight, shift, scale
+
+
 # ------------------------------------------------------------------ backward
 
 
@@ -229,6 +259,49 @@ def hidden_grad(dq: Tensor, h: Tensor, psi: Tensor, o: Options) -> Tensor:
     slope = activation_grad(h, o.act, o.act_slope)
     dh = dq.unsqueeze(1) * per_hidden(psi) * slope
     return torch.where(slope == 0, 0.0, dh)
+
+
+def fold_backward(
+    dfolded: Tensor,
+    dshift: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> tuple[Tensor | None, ...]:
+    """The gradients of the tensors of `norm_forward` in evaluation, themselves differentiable."""
+    r = torch.rsqrt(var + eps)
+    scale = r if gamma is None else gamma * r
+    centre = -mean if bias is None else bias - mean
+    dscale = torch.addcmul((dfolded * weight).sum(1), dshift, centre)
+    dbias = scale * dshift
+    return (
+        scale.unsqueeze(1) * dfolded,
+        None if bias is None else dbias,
+        None if gamma is None else r * dscale,
+        None if beta is None else dshift,
+        -dbias,
+        scale * dscale * r * r / -2,
+    )
+
+
+def norm_backward(
+    dq: Tensor, dh: Tensor, dht: Tensor, mean: Tensor, var: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    r"""k0 and k1 of the `Branch` that returns through the statistics of a branch t, and dgamma.
+
+    With r = (var + eps)^-1/2 and the sums dh, dht over n values, of which dq has as many:
+
+        dgamma = r (dht - mean dh);   k1 = -scale r dgamma / n;   k0 = -scale dh / n - k1 mean
+    """
+    n = dq.numel()
+    r = torch.rsqrt(var + eps)
+    dgamma = r * torch.addcmul(dht, mean, dh, value=-1)
+    k1 = scale * r * dgamma / -n
+    return torch.addcmul(scale * dh / -n, k1, mean, value=-1), k1, dgamma
 
 
 def sums(

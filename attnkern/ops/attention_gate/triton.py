@@ -2,7 +2,7 @@
 
 Every call begins with split (theta and phi in tiles, as the products read them).
 Forward: gate_fwd (reads x and g, writes q and y), or gate_apply (y of a gate that torch makes of q).
-Statistics over the batch: moments and their merge; hidden_sums.
+Statistics over the batch: moments and their merge; hidden_sums; norm and norm_grad, between them and the maps.
 Backward, a run of tiles at a time: gate_bwd (dx, dg, and dt and du of the run), gate_weight_grad, and
 resample_grad where g was resampled.  dt and du take an eighth of x and g, or 128 KB; nothing of size
 [B, F, L] is stored.  Partial sums are added in a fixed order, so results repeat bit for bit.
@@ -28,6 +28,8 @@ from attnkern.ops.attention_gate.triton_statistics import (
     hidden_sums_kernel,
     merge_moments_kernel,
     moments_kernel,
+    norm_grad_kernel,
+    norm_kernel,
 )
 from attnkern.ops.attention_gate.triton_weights import ResampledGrad, Sums, WeightGrad
 
@@ -172,6 +174,41 @@ def attention_gate_moments(
             *(counts, means, squares, mean, var, groups, hidden), BLOCK_G=32, BLOCK_F=16, **LAUNCH
         )
     return mean, var
+
+
+def gate_norm_fwd(
+    weight: Tensor,
+    bias: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    hidden, terms = weight.shape
+    folded, shift, scale = torch.empty_like(weight), torch.empty_like(mean), torch.empty_like(mean)
+    with torch.cuda.device_of(weight):
+        norm_kernel[triton.cdiv(hidden, 16), triton.cdiv(terms, 64)](
+            *(weight, bias, gamma, beta, mean, var, folded, shift, scale, eps, hidden, terms),
+            BLOCK_F=16,
+            BLOCK_C=64,
+            **LAUNCH,
+        )
+    return folded, shift, scale
+
+
+def gate_norm_bwd(
+    dq: Tensor, dh: Tensor, dht: Tensor, mean: Tensor, var: Tensor, scale: Tensor, eps: float
+) -> tuple[Tensor, Tensor, Tensor]:
+    k0, k1, dgamma = (torch.empty_like(dh) for _ in range(3))
+    hidden = dh.shape[0]
+    with torch.cuda.device_of(dh):
+        norm_grad_kernel[triton.cdiv(hidden, 128),](
+            *(dh, dht, mean, var, scale, k0, k1, dgamma, eps, dq.numel(), hidden),
+            BLOCK_F=128,
+            **LAUNCH,
+        )
+    return k0, k1, dgamma
 
 
 def attention_gate_sums(dq: Tensor, *arguments: Any) -> tuple[Tensor, Tensor, Tensor]:

@@ -17,6 +17,8 @@ from attnkern.ops.attention_gate.triton import (
     attention_gate_sums,
     gate_apply_bwd,
     gate_apply_fwd,
+    gate_norm_bwd,
+    gate_norm_fwd,
 )
 
 _DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -67,7 +69,9 @@ def _train(
     gated = x if target == "x" else g
     theta_branch = phi_branch = Branch(None, None, None)  # type: ignore[arg-type]
     if norm:
-        attention_gate_moments(x, theta, *kernel)
+        moments = attention_gate_moments(x, theta, *kernel)
+        gate_norm_fwd(theta, None, like, like if bias else None, *moments, 1e-5)
+        gate_norm_bwd(q, like, like, *moments, like, 1e-5)
         theta_branch = Branch(like, like, like)
         if phi is not None:
             attention_gate_moments(g, phi, 1, 1, 1)

@@ -122,6 +122,86 @@ def merge_moments_kernel(
     tl.store(var_out + f, sum_rows_of_tile(apart) / n, mask=in_f)
 
 
+@triton.jit
+def _vector(p, f, inside, otherwise):
+    """p[f], or ``otherwise`` where there is no p."""
+    v = tl.full(f.shape, otherwise, tl.float32)
+    if p is not None:
+        v = tl.load(p + f, mask=inside, other=0.0)
+    return v
+
+
+@triton.jit(do_not_specialize=["hidden", "terms"])
+def norm_kernel(
+    weight,
+    bias,
+    gamma,
+    beta,
+    mean,
+    var,
+    folded,
+    shift,
+    scale_out,
+    eps,
+    hidden,
+    terms,
+    BLOCK_F: tl.constexpr,
+    BLOCK_C: tl.constexpr,
+):
+    """
+    Computes  scale = gamma (var + eps)^-1/2, folded = scale weight, shift = beta + scale (bias - mean)
+    Layout    weight, folded [F, terms], the rest [F], float32
+    Mapping   a program owns [BLOCK_F, BLOCK_C] of folded, the first of a row its vectors too
+    Traffic   weight once
+    Numerics  float32
+    """
+    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    c = tl.program_id(1).to(tl.int64) * BLOCK_C + tl.arange(0, BLOCK_C)
+    in_f = f < hidden
+    scale = _vector(gamma, f, in_f, 1.0) / tl.sqrt_rn(_vector(var, f, in_f, 0.0) + eps)
+    at, inside = f[:, None] * terms + c[None, :], in_f[:, None] & (c < terms)[None, :]
+    tl.store(
+        folded + at, scale[:, None] * tl.load(weight + at, mask=inside, other=0.0), mask=inside
+    )
+    if tl.program_id(1) == 0:
+        centre = _vector(bias, f, in_f, 0.0) - _vector(mean, f, in_f, 0.0)
+        tl.store(shift + f, _vector(beta, f, in_f, 0.0) + scale * centre, mask=in_f)
+        tl.store(scale_out + f, scale, mask=in_f)
+
+
+@triton.jit(do_not_specialize=["count", "hidden"])
+def norm_grad_kernel(
+    dh,
+    dht,
+    mean,
+    var,
+    scale,
+    k0_out,
+    k1_out,
+    dgamma_out,
+    eps,
+    count,
+    hidden,
+    BLOCK_F: tl.constexpr,
+):
+    """
+    Computes  dgamma, k0 and k1 of a norm over ``count`` values, as `reference.norm_backward`
+    Layout    [F] float32
+    Mapping   a program owns BLOCK_F hidden channels
+    Traffic   each vector once
+    Numerics  float32
+    """
+    f = tl.program_id(0).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
+    in_f = f < hidden
+    n, m, h = count.to(tl.float32), _vector(mean, f, in_f, 0.0), _vector(dh, f, in_f, 0.0)
+    s, r = _vector(scale, f, in_f, 0.0), 1.0 / tl.sqrt_rn(_vector(var, f, in_f, 1.0) + eps)
+    dgamma = r * (_vector(dht, f, in_f, 0.0) - m * h)
+    k1 = -s * r * dgamma / n
+    tl.store(dgamma_out + f, dgamma, mask=in_f)
+    tl.store(k1_out + f, k1, mask=in_f)
+    tl.store(k0_out + f, -s * h / n - k1 * m, mask=in_f)
+
+
 @triton.jit(do_not_specialize=[*UNSPECIALISED, "stop", "steps"])
 def hidden_sums_kernel(
     dq,

@@ -103,6 +103,25 @@ struct SumsParams : Inputs {
   void* workspace = nullptr;
 };
 
+// A product by weight [hidden, terms] and a norm as one product, [hidden] otherwise:
+//   scale = gamma (var + eps)^-1/2;  folded = scale weight;  shift = beta + scale (bias - mean)
+struct NormParams {
+  DType dtype;  // of everything
+  int64_t hidden, terms;
+  const void *weight, *bias, *gamma, *beta, *mean, *var;  // null: bias 0, gamma 1, beta 0
+  double eps;
+  void *folded, *shift, *scale;
+};
+
+// What returns through the statistics of `count` values, [hidden] each (reference.py, norm_backward).
+struct NormBackwardParams {
+  DType dtype;
+  int64_t hidden, count;
+  const void *dh, *dht, *mean, *var, *scale;
+  double eps;
+  void *k0, *k1, *dgamma;
+};
+
 // y = alpha x, or dx = alpha dy with dalpha = sum_c dy x: batch, channels and sizes.x alone count.
 struct ApplyParams {
   DType dtype;
@@ -129,6 +148,8 @@ Status launch_forward_cpu(const ForwardParams& params, const ThreadPool& pool);
 Status launch_backward_cpu(const BackwardParams& params, const ThreadPool& pool);
 Status launch_moments_cpu(const MomentsParams& params, const ThreadPool& pool);
 Status launch_sums_cpu(const SumsParams& params, const ThreadPool& pool);
+Status launch_norm_cpu(const NormParams& params, const ThreadPool& pool);
+Status launch_norm_backward_cpu(const NormBackwardParams& params, const ThreadPool& pool);
 Status launch_apply_cpu(const ApplyParams& params, const ThreadPool& pool);
 Status launch_apply_backward_cpu(const ApplyBackwardParams& params, const ThreadPool& pool);
 
@@ -141,6 +162,8 @@ Status launch_forward_cuda(const ForwardParams& params, void* stream);
 Status launch_backward_cuda(const BackwardParams& params, void* stream);
 Status launch_moments_cuda(const MomentsParams& params, void* stream);
 Status launch_sums_cuda(const SumsParams& params, void* stream);
+Status launch_norm_cuda(const NormParams& params, void* stream);
+Status launch_norm_backward_cuda(const NormBackwardParams& params, void* stream);
 Status launch_apply_cuda(const ApplyParams& params, void* stream);
 Status launch_apply_backward_cuda(const ApplyBackwardParams& params, void* stream);
 

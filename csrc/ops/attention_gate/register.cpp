@@ -144,12 +144,13 @@ std::tuple<Tensor, Tensor> moments(const Tensor& x, const Tensor& weight, int64_
   return {mean, var};
 }
 
-std::tuple<Tensor, Tensor, Tensor> sums(const Tensor& dq, const Tensor& x, const Tensor& g, const Tensor& theta,
-                                        const MaybeTensor& phi, const MaybeTensor& bias, const Tensor& psi,
-                                        const MaybeTensor& psi_bias, const MaybeTensor& taps,
-                                        const MaybeTensor& tap_weights, const MaybeTensor& theta_scale,
-                                        const MaybeTensor& phi_scale, const std::string& act, double slope, int64_t k1,
-                                        int64_t k2, int64_t k3, const std::string& target, bool apply) {
+using Three = std::tuple<Tensor, Tensor, Tensor>;
+
+Three sums(const Tensor& dq, const Tensor& x, const Tensor& g, const Tensor& theta, const MaybeTensor& phi,
+           const MaybeTensor& bias, const Tensor& psi, const MaybeTensor& psi_bias, const MaybeTensor& taps,
+           const MaybeTensor& tap_weights, const MaybeTensor& theta_scale, const MaybeTensor& phi_scale,
+           const std::string& act, double slope, int64_t k1, int64_t k2, int64_t k3, const std::string& target,
+           bool apply) {
   SumsParams p{};
   fill(p, {x, g, theta, phi, bias, psi, psi_bias, taps, tap_weights, act, slope, {k1, k2, k3}, target, apply});
   Tensor dh = vector(theta, p.sizes.hidden), dht = vector(theta, p.sizes.hidden), dhu = vector(theta, p.sizes.hidden);
@@ -162,6 +163,47 @@ std::tuple<Tensor, Tensor, Tensor> sums(const Tensor& dq, const Tensor& x, const
   glue::launch("attention_gate sums", p, x, {launch_sums_cpu, sums_workspace_cpu},
                {ATTNKERN_CUDA(launch_sums_cuda, sums_workspace_cuda)});
   return {dh, dht, dhu};
+}
+
+Three norm_forward(const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& gamma, const MaybeTensor& beta,
+                   const Tensor& mean, const Tensor& var, double eps) {
+  const int64_t hidden = weight.size(0);
+  Tensor folded = glue::empty_like(weight), shift = vector(weight, hidden), scale = vector(weight, hidden);
+  NormParams p{glue::dtype_of(weight),
+               hidden,
+               weight.size(1),
+               glue::data_or_null(weight),
+               glue::data_or_null(bias),
+               glue::data_or_null(gamma),
+               glue::data_or_null(beta),
+               glue::data_or_null(mean),
+               glue::data_or_null(var),
+               eps,
+               glue::mutable_or_null(folded),
+               glue::mutable_or_null(shift),
+               glue::mutable_or_null(scale)};
+  glue::launch("gate_norm", p, weight, {launch_norm_cpu}, {ATTNKERN_CUDA(launch_norm_cuda)});
+  return {folded, shift, scale};
+}
+
+Three norm_backward(const Tensor& dq, const Tensor& dh, const Tensor& dht, const Tensor& mean, const Tensor& var,
+                    const Tensor& scale, double eps) {
+  const int64_t hidden = dh.size(0);
+  Tensor k0 = vector(dh, hidden), k1 = vector(dh, hidden), dgamma = vector(dh, hidden);
+  NormBackwardParams p{glue::dtype_of(dh),
+                       hidden,
+                       dq.numel(),
+                       glue::data_or_null(dh),
+                       glue::data_or_null(dht),
+                       glue::data_or_null(mean),
+                       glue::data_or_null(var),
+                       glue::data_or_null(scale),
+                       eps,
+                       glue::mutable_or_null(k0),
+                       glue::mutable_or_null(k1),
+                       glue::mutable_or_null(dgamma)};
+  glue::launch("gate_norm backward", p, dh, {launch_norm_backward_cpu}, {ATTNKERN_CUDA(launch_norm_backward_cuda)});
+  return {k0, k1, dgamma};
 }
 
 Tensor apply_forward(const Tensor& x, const Tensor& alpha) {
@@ -196,6 +238,8 @@ void implement(auto& library) {
   library.impl("attention_gate_bwd.native", TORCH_BOX(&backward));
   library.impl("attention_gate_moments.native", TORCH_BOX(&moments));
   library.impl("attention_gate_sums.native", TORCH_BOX(&sums));
+  library.impl("gate_norm_fwd.native", TORCH_BOX(&norm_forward));
+  library.impl("gate_norm_bwd.native", TORCH_BOX(&norm_backward));
   library.impl("gate_apply_fwd.native", TORCH_BOX(&apply_forward));
   library.impl("gate_apply_bwd.native", TORCH_BOX(&apply_backward));
 }
