@@ -16,14 +16,21 @@ from attnkern.integrations import Rule, _softmax_pool
 from attnkern.integrations._softmax_pool import Projections
 from attnkern.integrations._structure import has
 
+_LAYERS = "k_proj q_proj v_proj c_proj"
+
 
 def _is_pool(m: nn.Module) -> bool:
-    return has(m, "positional_embedding k_proj q_proj v_proj c_proj") and hasattr(m, "num_heads")
+    if not hasattr(m, "num_heads"):
+        return False
+    # FSDP1 takes the embedding into its flat parameter: the code still refers to it
+    code = getattr(type(m).forward, "__code__", None)
+    taken = has(m, _LAYERS) and code is not None and "positional_embedding" in code.co_names
+    return taken or has(m, f"positional_embedding {_LAYERS}")
 
 
 def _read(m: Any) -> Projections | str:
     """The forward uses the layers' weights, not the layers: their hooks do not run."""
-    for name in ("q_proj", "k_proj", "v_proj", "c_proj"):
+    for name in _LAYERS.split():
         if not isinstance(getattr(m, name), nn.Linear):
             return f"its {name} is a {type(getattr(m, name)).__name__}"
     q, k, v = m.q_proj, m.k_proj, m.v_proj
