@@ -64,18 +64,14 @@ def track(
     ]
     if not tracked:
         return
-    with (
-        torch.no_grad()
-    ):  # four launches on a GPU where single tensors take eight, each rounded once
-        running = [t for norm, *_ in tracked for t in norm[:2]]
-        keep = [1 - norm.momentum for norm, *_ in tracked for _ in range(2)]
-        unbiased = count / max(count - 1, 1)
-        share = [m for norm, *_ in tracked for m in (norm.momentum, norm.momentum * unbiased)]
-        of_batch = [
-            t
-            for _, mean, var, bias in tracked
-            for t in (mean if bias is None else mean + bias, var)
-        ]
-        new = torch._foreach_mul(of_batch, share)
-        old = torch._foreach_mul([in_dtype(t, new[0].dtype) for t in running], keep)
-        torch._foreach_copy_(running, torch._foreach_add(new, old))
+    with torch.no_grad():
+        for norm, mean, var, bias in tracked:
+            mean = mean if bias is None else mean + bias
+            for running, of_batch in (
+                (norm.running_mean, mean),
+                (norm.running_var, var * (count / max(count - 1, 1))),
+            ):
+                if running.dtype is of_batch.dtype:
+                    running.lerp_(of_batch, norm.momentum)
+                else:  # rounded once, as torch's
+                    running.copy_(running.to(of_batch.dtype).lerp(of_batch, norm.momentum))
