@@ -19,15 +19,12 @@ def weight_and_bias(layer: Any) -> tuple[Tensor, Tensor | None]:
     return layer.weight, layer.bias
 
 
+HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+
+
 def hooked(module: Any) -> bool:
     """Hooks also stand for weight_norm, spectral_norm and pruning, where these are no parametrizations."""
-    attributes = module.__dict__
-    return bool(
-        attributes["_forward_hooks"]
-        or attributes["_forward_pre_hooks"]
-        or attributes["_backward_hooks"]
-        or attributes["_backward_pre_hooks"]
-    )
+    return any(module.__dict__[hooks] for hooks in HOOKS)
 
 
 def plain(module: Any, classes: tuple[type, ...]) -> bool:

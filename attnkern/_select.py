@@ -13,6 +13,7 @@ import os
 from collections.abc import Iterator
 
 import torch
+from torch._C import _are_functorch_transforms_active as _functorch_active
 from torch.autograd import forward_ad
 
 from attnkern import _library, _native
@@ -20,8 +21,6 @@ from attnkern._once import say_once
 
 IMPLS = ("auto", *_library.IMPLS, "reference")
 ORDER = {"cuda": ("native", "triton", "reference"), "cpu": ("native", "reference")}
-
-_override: str | None = None
 
 
 def _environment() -> str:
@@ -31,7 +30,9 @@ def _environment() -> str:
     return impl
 
 
-_default = _environment()
+auto = _environment()
+"""What ``impl="auto"`` means now, by ATTNKERN_IMPL and `use_impl`."""
+
 _interpreting = os.environ.get("TRITON_INTERPRET", "0") == "1"
 _has_triton = importlib.util.find_spec("triton") is not None
 
@@ -43,24 +44,24 @@ def use_impl(impl: str) -> Iterator[None]:
     >>> with attnkern.use_impl("reference"):
     ...     y = model(x)
     """
-    global _override
+    global auto
     if impl not in IMPLS:
         raise ValueError(f"use_impl: impl must be one of {', '.join(IMPLS)}, got {impl!r}")
-    previous, _override = _override, impl
+    previous, auto = auto, impl
     try:
         yield
     finally:
-        _override = previous
+        auto = previous
 
 
 def requested(impl: str) -> str:
-    """What ``impl`` means now: "auto" may have been narrowed by `use_impl` or ATTNKERN_IMPL."""
-    return (_override or _default) if impl == "auto" else impl
+    """What ``impl`` means now: "auto" may have been narrowed."""
+    return auto if impl == "auto" else impl
 
 
 def transforming() -> bool:
     """Whether a torch.func transform (vmap, grad, jvp) or forward-mode differentiation is active."""
-    return torch._C._are_functorch_transforms_active() or forward_ad._current_level >= 0
+    return _functorch_active() or forward_ad._current_level >= 0
 
 
 def refuse(

@@ -122,7 +122,7 @@ def restore(model: nn.Module) -> None:
         raise TypeError(f"restore: model must be a torch.nn.Module, got {type(model).__name__}")
     for module in model.modules():
         if methods := rerouted(module):
-            for attribute in (*methods, "_replicate_for_data_parallel"):
+            for attribute in (*methods, "_replicate_for_data_parallel", "_reading"):
                 module.__dict__.pop(attribute, None)
 
 

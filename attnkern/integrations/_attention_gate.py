@@ -1,6 +1,6 @@
 """Reads the arguments of ``attention_gate`` off the children of another library's block.
 
-Everything is read at the time of the call, as in ``_squeeze_excite.py``.  A BatchNorm keeps its mode,
+A call computes what the children say at its time, as in ``_squeeze_excite.py``.  A BatchNorm keeps its mode,
 its momentum and its statistics: each is asked at the call, and moves its own buffers as its forward
 would.
 """
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from attnkern import _activations, _autocast
 from attnkern._activations import qualified_name
 from attnkern._layers import weight_and_bias, whole_patches
+from attnkern._reading import kept
 from attnkern.integrations._children import altered, inlinable, refuse_child, say_refused
 from attnkern.integrations._structure import SHARDED
 from attnkern.ops.attention_gate.module import batch_norm, gated, synchronised
@@ -245,7 +246,7 @@ def read_additive(m: Any) -> Arguments | str:
 def additive(module: Any, *given: Any, impl: str, **named: Any) -> Any:
     """forward(g, x)"""
     maps = by_name(module, given, named) if named else given
-    arguments = read_additive(module)
+    arguments = kept(module, read_additive, ("W_x", "W_g", "psi", "relu"))
     if len(maps) == 2 and ready(module, arguments, *maps[::-1]):
         return call(arguments, *maps[::-1], impl)
     return type(module).forward(module, *given, **named)

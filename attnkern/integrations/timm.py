@@ -10,9 +10,11 @@ from typing import Any
 from torch import Tensor, nn
 
 from attnkern._activations import qualified_name
+from attnkern._reading import kept
 from attnkern.integrations import Rule, _squeeze_excite
 from attnkern.integrations._children import altered, inlinable
-from attnkern.integrations._squeeze_excite import Arguments
+from attnkern.integrations._squeeze_excite import Arguments, accepts
+from attnkern.ops.squeeze_excite.op import Call, run
 
 # ------------------------------------------------------------------ squeeze-and-excitation modules
 # Children are read from `_modules`: `Module.__getattr__` costs 0.5 us each.
@@ -46,19 +48,23 @@ def _read_legacy_se(m: Any) -> Arguments | str:
 
 
 def se(module: Any, x: Any, *, impl: str) -> Any:
-    return _squeeze_excite.forward(module, _read_se(module), x, impl)
+    names = ("add_maxpool", "fc1", "bn", "act", "fc2", "gate")
+    return _squeeze_excite.forward(module, _read_se, names, x, impl)
 
 
 def effective_se(module: Any, x: Any, *, impl: str) -> Any:
-    return _squeeze_excite.forward(module, _read_effective_se(module), x, impl)
+    names = ("add_maxpool", "fc", "gate")
+    return _squeeze_excite.forward(module, _read_effective_se, names, x, impl)
 
 
 def efficientnet_se(module: Any, x: Any, *, impl: str) -> Any:
-    return _squeeze_excite.forward(module, _read_efficientnet_se(module), x, impl)
+    names = ("conv_reduce", "act1", "conv_expand", "gate")
+    return _squeeze_excite.forward(module, _read_efficientnet_se, names, x, impl)
 
 
 def legacy_se(module: Any, x: Any, *, impl: str) -> Any:
-    return _squeeze_excite.forward(module, _read_legacy_se(module), x, impl)
+    names = ("fc1", "relu", "fc2", "sigmoid")
+    return _squeeze_excite.forward(module, _read_legacy_se, names, x, impl)
 
 
 _SE = Rule(
@@ -114,7 +120,11 @@ def _read_tail(attention: Any, drop_path: Any, act: Any) -> Arguments | str:
         return f"its last activation is {type(act).__name__}, not ReLU"
     if reason := altered(act):
         return f"its last activation {reason}"
-    return reader(attention)
+    arguments = reader(attention)
+    if isinstance(arguments, str):
+        return arguments
+    options = arguments.call.options._replace(out_act="relu")
+    return arguments._replace(call=Call("squeeze_excite", options, {}))
 
 
 def _drop_path_factor(drop_path: Any, x: Tensor) -> Tensor | None:
@@ -132,11 +142,10 @@ def _finish(
     """act(drop_path(se(x)) + shortcut) in one call, or in steps where dtypes or shapes differ."""
     if block.downsample is not None:
         shortcut = block.downsample(shortcut)
-    if _fits(x, shortcut, tail):
+    *weights, call = tail
+    if _fits(x, shortcut, weights):
         factor = _drop_path_factor(block.drop_path, x)
-        return _squeeze_excite.call(
-            x, tail, impl, residual=shortcut, drop_path=factor, out_act="relu"
-        )
+        return run(call, impl, (x, None, *weights, shortcut, factor))[0]
     x = block.se(x)
     if block.drop_path is not None:
         x = block.drop_path(x)
@@ -144,10 +153,8 @@ def _finish(
     return act(x)
 
 
-def _fits(x: Tensor, shortcut: Tensor, tail: Arguments) -> bool:
-    return (
-        _squeeze_excite.accepts(x, tail) and x.dtype == shortcut.dtype and x.shape == shortcut.shape
-    )
+def _fits(x: Tensor, shortcut: Tensor, weights: list[Tensor | None]) -> bool:
+    return accepts(x, None, *weights) and x.dtype == shortcut.dtype and x.shape == shortcut.shape
 
 
 def _read_basic_block(m: Any) -> Arguments | str:
@@ -163,7 +170,7 @@ def _read_legacy_block(m: Any) -> Arguments | str:
 
 
 def basic_block(block: Any, x: Any, *, impl: str) -> Any:
-    tail = _read_basic_block(block)
+    tail = kept(block, _read_basic_block, ("se", "drop_path", "act2"))
     if isinstance(tail, str) or not inlinable():
         return type(block).forward(block, x)
     shortcut = x
@@ -174,7 +181,7 @@ def basic_block(block: Any, x: Any, *, impl: str) -> Any:
 
 
 def bottleneck(block: Any, x: Any, *, impl: str) -> Any:
-    tail = _read_bottleneck(block)
+    tail = kept(block, _read_bottleneck, ("se", "drop_path", "act3"))
     if isinstance(tail, str) or not inlinable():
         return type(block).forward(block, x)
     shortcut = x
@@ -186,7 +193,7 @@ def bottleneck(block: Any, x: Any, *, impl: str) -> Any:
 
 
 def legacy_bottleneck(block: Any, x: Any, *, impl: str) -> Any:
-    tail = _read_legacy_block(block)
+    tail = kept(block, _read_legacy_block, ("se_module", "relu"))
     if isinstance(tail, str) or not inlinable():
         return type(block).forward(block, x)
     out = block.relu(block.bn1(block.conv1(x)))
@@ -195,7 +202,7 @@ def legacy_bottleneck(block: Any, x: Any, *, impl: str) -> Any:
 
 
 def legacy_basic_block(block: Any, x: Any, *, impl: str) -> Any:
-    tail = _read_legacy_block(block)
+    tail = kept(block, _read_legacy_block, ("se_module", "relu"))
     if isinstance(tail, str) or not inlinable():
         return type(block).forward(block, x)
     out = block.relu(block.bn1(block.conv1(x)))
@@ -206,8 +213,9 @@ def legacy_basic_block(block: Any, x: Any, *, impl: str) -> Any:
 def _finish_legacy(block: Any, tail: Arguments, out: Tensor, shortcut: Tensor, impl: str) -> Tensor:
     if block.downsample is not None:
         shortcut = block.downsample(shortcut)
-    if _fits(out, shortcut, tail):
-        return _squeeze_excite.call(out, tail, impl, residual=shortcut, out_act="relu")
+    *weights, call = tail
+    if _fits(out, shortcut, weights):
+        return run(call, impl, (out, None, *weights, shortcut, None))[0]
     return block.relu(block.se_module(out) + shortcut)
 
 

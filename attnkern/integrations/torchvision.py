@@ -22,7 +22,8 @@ def _read(m: Any) -> Arguments | str:
 
 
 def squeeze_excitation(module: Any, input: Any, *, impl: str) -> Any:
-    return _squeeze_excite.forward(module, _read(module), input, impl)
+    names = ("avgpool", "fc1", "activation", "fc2", "scale_activation")
+    return _squeeze_excite.forward(module, _read, names, input, impl)
 
 
 RULES = (

@@ -9,9 +9,17 @@ from torch import Tensor, nn
 
 from attnkern import _activations, _checks
 from attnkern._layers import plain, pointwise, say_altered, weight_and_bias
+from attnkern._reading import kept
 from attnkern._select import IMPLS
-from attnkern.ops.squeeze_excite.op import excite, squeeze, squeeze_excite
-from attnkern.ops.squeeze_excite.reference import ACTS, APPLIES, GATES, OUT_ACTS, activation
+from attnkern.ops.squeeze_excite.op import Call, excite, run, squeeze
+from attnkern.ops.squeeze_excite.reference import (
+    ACTS,
+    APPLIES,
+    GATES,
+    OUT_ACTS,
+    Options,
+    activation,
+)
 
 
 def make_divisible(value: float, divisor: int) -> int:
@@ -24,6 +32,7 @@ _ALIASES = {"swish": "silu", "hard_swish": "hardswish", "hardsigmoid": "hard_sig
 
 _LAYERS = (nn.Conv2d, nn.Conv1d, nn.Conv3d, nn.Linear)
 _PRELU = (nn.PReLU,)
+_READ = ("fc1", "act", "fc2", "options")
 
 
 class SqueezeExcite(nn.Module):
@@ -119,17 +128,9 @@ class SqueezeExcite(nn.Module):
         self, x: Tensor, residual: Tensor | None = None, drop_path: Tensor | None = None
     ) -> Tensor:
         return (
-            squeeze_excite(
-                x,
-                *weight_and_bias(self._modules["fc1"]),
-                *weight_and_bias(self._modules["fc2"]),
-                act_weight=None if self.act is None else self.act.weight,
-                residual=residual,
-                drop_path=drop_path,
-                **self.options,
-            )
-            if (altered := self._altered()) is None
-            else self._by_layers(altered, x, residual, drop_path)
+            run(read[5], read[6], (x, None, *read[:5], residual, drop_path))[0]
+            if isinstance(read := kept(self, _read, _READ), tuple)
+            else self._by_layers(read, x, residual, drop_path)
         )
 
     def _altered(self) -> nn.Module | None:
@@ -176,6 +177,18 @@ class SqueezeExcite(nn.Module):
 
     def extra_repr(self) -> str:
         return ", ".join(f"{name}={value!r}" for name, value in self.options.items())
+
+
+def _read(module: SqueezeExcite) -> Any:
+    """The operator's weights, options and implementation, or the layer that keeps them from serving."""
+    if (altered := module._altered()) is not None:
+        return altered
+    layers: Any = module._modules
+    options = dict(module.options)
+    impl = options.pop("impl")
+    act_weight = None if layers.get("act") is None else layers["act"].weight
+    weights = (*weight_and_bias(layers["fc1"]), *weight_and_bias(layers["fc2"]), act_weight)
+    return *weights, Call("squeeze_excite", Options(**options), {}), impl
 
 
 def _resolve(

@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
-from typing import Any
+from collections.abc import Callable
+from operator import is_
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
+from torch.compiler import is_dynamo_compiling
 
 from attnkern import _autocast, _layout, _library, _select
 from attnkern.ops.squeeze_excite import reference
@@ -262,7 +265,7 @@ def squeeze_excite(
         out_act,
     )
     tensors = (x, src, w1, b1, w2, b2, act_weight, residual, drop_path)
-    y, logits = _run("squeeze_excite", impl, options, tensors)
+    y, logits = run(_call("squeeze_excite", options), impl, tensors)
     if return_gate:
         return y, reference.gate_of(logits, x.shape[1], options).to(x.dtype)
     return y
@@ -305,7 +308,8 @@ def excite(
         gain,
         out_act,
     )
-    return _run("excite", impl, options, (x, logits, *(None,) * 5, residual, drop_path))[0]
+    tensors = (x, logits, *(None,) * 5, residual, drop_path)
+    return run(_call("excite", options), impl, tensors)[0]
 
 
 def squeeze(x: Tensor, *, impl: str = "auto") -> Tensor:
@@ -326,22 +330,59 @@ def squeeze(x: Tensor, *, impl: str = "auto") -> Tensor:
     return squeeze_fwd[impl](x)
 
 
-def _run(
-    op: str, impl: str, options: Options, tensors: tuple[Tensor | None, ...]
-) -> tuple[Tensor, Tensor]:
-    """Check, select, normalise the small tensors and layouts, and call the implementation."""
-    impl, options = _admit(op, impl, options, tensors)
+class Call(NamedTuple):
+    """All of a call but its tensors, and the verdicts on these by all the metadata that was read."""
+
+    op: str
+    options: Options
+    verdicts: dict[Any, Any]
+    accepts: Callable[..., bool] | None = None
+
+
+def run(call: Call, impl: str, tensors: Any, state: Any = None) -> Any:
+    """y and the logits, or the user's error; None where ``accepts`` refuses (x, src, w1, b1, w2, b2, act_weight).
+
+    ``state`` is what it decides by besides metadata.  To judge a call takes 12 us, to look up the
+    verdict on the last such tensors 2.
+    """
+    key = verdict = None
+    if not (is_dynamo_compiling() or _select.transforming()):
+        try:
+            metadata = [
+                t if t is None else (t.shape, t.stride(), t.dtype, t.device, t.layout)
+                for t in tensors
+            ]
+            key = (impl, _select.auto, state, *metadata)
+            verdict = call.verdicts.get(key)
+        except (
+            AttributeError,
+            TypeError,
+            RuntimeError,
+        ):  # no strided tensors, or symbols for sizes
+            key = None
+    impl, options, ready = verdict or _judge(call, impl, tensors, key)
+    if impl is None:
+        return None
+    if not ready:
+        tensors = _made_ready(impl, tensors)
+    if impl == "reference":
+        with _autocast.full_precision(tensors[0]):
+            return reference.forward(*(*tensors, options))
+    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
+        return _SqueezeExcite.apply(impl, options, *tensors)
+    y, _, _, logits, _ = squeeze_excite_fwd[impl](*tensors, *options, False)
+    return y, logits
+
+
+def _made_ready(impl: str, tensors: tuple[Any, ...]) -> Any:
+    """The tensors as kernels take them: the very same ones where they can."""
     x, src, w1, b1, w2, b2, act_weight, residual, drop_path = tensors
-    assert x is not None
     if src is not None:
         src = src.flatten(1).to(accumulation_dtype(x.dtype)).contiguous()
     if drop_path is not None:
         drop_path = drop_path.flatten().to(accumulation_dtype(x.dtype)).contiguous()
     if impl == "reference":
-        with _autocast.full_precision(x):
-            return reference.forward(
-                x, src, w1, b1, w2, b2, act_weight, residual, drop_path, options
-            )
+        return x, src, w1, b1, w2, b2, act_weight, residual, drop_path
     x = _layout.as_readable(x)
     if residual is not None:
         # torch.compile takes no tensor twice in one autograd.Function
@@ -350,52 +391,54 @@ def _run(
         t if t is None or t.is_contiguous() else t.contiguous()
         for t in (w1, b1, w2, b2, act_weight)
     )
-    tensors = (x, src, w1, b1, w2, b2, act_weight, residual, drop_path)
-    if torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors):
-        return _SqueezeExcite.apply(impl, options, *tensors)
-    y, _, _, logits, _ = squeeze_excite_fwd[impl](*tensors, *options, False)
-    return y, logits
+    return x, src, w1, b1, w2, b2, act_weight, residual, drop_path
 
 
 # ------------------------------------------------------------------ user checks
 
-_admitted: dict[Any, tuple[str, Options]] = {}
-"""Calls that passed every check, by all the metadata the checks read."""
+_KNOWN = 256
+"""Calls, and verdicts of each, that are remembered."""
+_calls: dict[Any, Call] = {}
 
 
-def _admit(
-    op: str, impl: str, options: Options, tensors: tuple[Tensor | None, ...]
-) -> tuple[str, Options]:
-    """The implementation and the options of a call, or the user's error.
+def _call(op: str, options: Options) -> Call:
+    """The same for the same options, as soon as one has passed every check."""
+    if not is_dynamo_compiling():
+        try:
+            return _calls[op, options]
+        except (KeyError, TypeError):  # new, or not hashable
+            pass
+    return Call(op, options, {})
 
-    The checks cost 7 us a call, a look-up of their last verdict 3.
-    """
-    if torch.compiler.is_compiling() or _select.transforming():
-        return _check(op, impl, options, tensors)
-    try:
-        metadata: list[Any] = [op, _select.requested(impl), options]
-        for t in tensors:
-            metadata += (None,) if t is None else (t.shape, t.dtype, t.device, t.layout)
-        key = tuple(metadata)
-        verdict = _admitted.get(key)
-    except (AttributeError, TypeError):  # not tensors, or sizes that are symbols
-        return _check(op, impl, options, tensors)
-    if verdict is None:
-        impl, options = _check(op, impl, options, tensors)
-        options = options._replace(
-            act_slope=float(options.act_slope),
-            gate_slope=float(options.gate_slope),
-            gate_offset=float(options.gate_offset),
-            gain=float(options.gain),
-        )
-        verdict = (impl, options)
-        if len(_admitted) >= 1024:
-            _admitted.clear()
-        _admitted[key] = verdict
+
+def _judge(call: Call, impl: str, tensors: tuple[Any, ...], key: Any) -> Any:
+    """The verdict, remembered by ``key``: the implementation (None where `accepts` refuses), the options,
+    and whether kernels take the tensors as they are."""
+    op, options, verdicts, accepts = call
+    if accepts and not accepts(*tensors[:7]):
+        verdict: Any = None, options, True
+    else:
+        check_call(op, options, tensors)
+        x = tensors[0]
+        impl = _select.select(op, impl, x.device, x.dtype, "squeeze_excite_fwd")
+        verdict = impl, options, False
+        if key is not None:
+            ready = all(map(is_, tensors, _made_ready(impl, tensors)))
+            floats = options._replace(
+                act_slope=float(options.act_slope),
+                gate_slope=float(options.gate_slope),
+                gate_offset=float(options.gate_offset),
+                gain=float(options.gain),
+            )
+            verdict = impl, floats, ready
+            if accepts is None:
+                _remember(_calls, (op, options), call)
+    if key is not None:
+        _remember(verdicts, key, verdict)
     return verdict
 
 
-def _check(op: str, impl: str, options: Options, tensors: tuple[Any, ...]) -> tuple[str, Options]:
-    check_call(op, options, tensors)
-    x = tensors[0]
-    return _select.select(op, impl, x.device, x.dtype, "squeeze_excite_fwd"), options
+def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
+    if len(known) >= _KNOWN:
+        known.clear()
+    known[key] = value
