@@ -15,6 +15,7 @@ from torch import nn
 from torchvision.ops.misc import SqueezeExcitation
 
 import attnkern
+from attnkern.functional import squeeze_excite
 from attnkern.nn import SqueezeExcite
 
 # the module, its first layer, its activation
@@ -163,6 +164,20 @@ def test_changed_options_of_our_module_are_noticed_at_the_next_call(option):
     fresh = SqueezeExcite(16, **{name: value})
     fresh.load_state_dict(module.state_dict())
     assert torch.equal(module(x), fresh(x))
+
+
+def test_a_verdict_is_of_one_autocast_and_of_one_class():
+    module = _served("timm")[0].half()
+    x = image().half()
+    with torch.no_grad():
+        for _ in range(2):
+            assert module(x).dtype == torch.half
+            with torch.autocast("cpu", torch.bfloat16):
+                assert module(x).dtype == type(module).forward(module, x).dtype == torch.float32
+    # the operator takes maps that the class would refuse
+    weights = module.fc1.weight, module.fc1.bias, module.fc2.weight, module.fc2.bias
+    y = squeeze_excite(x[..., 0], *weights, act="leaky_relu", impl="reference")
+    assert y.shape == x.shape[:3]
 
 
 def test_a_weight_that_is_computed_or_swapped_in_is_not_kept():
