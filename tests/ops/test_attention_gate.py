@@ -240,7 +240,7 @@ def test_a_bias_under_statistics_of_the_batch_has_gradient_zero(target):
         for k, n in _norms(7).items()
     }
     y = attention_gate(**tensors, **norms, impl=target.impl)
-    biases = [tensors["theta_bias"], tensors["phi_bias"]]
+    biases = [tensors["theta_bias"], tensors["phi_bias"], tensors["psi_bias"]]
     for grad in torch.autograd.grad(y.square().sum(), biases):
         assert torch.equal(grad, torch.zeros_like(grad))
 

@@ -124,10 +124,14 @@ def attention_gate(
         row = psi_weight if psi_weight.dim() > 1 else psi_weight.unsqueeze(0)
         psi = _convolution(impl, row, psi_bias, folded, x)
         norms = op.Norms(theta.eps, signal.eps)
-        over_batch = op.OverBatch(theta.gamma, signal.gamma, theta.cancelled, signal.cancelled)
+        cancelled = psi.bias if over_psi else None
+        over_batch = op.OverBatch(
+            *(theta.gamma, signal.gamma, theta.cancelled, signal.cancelled, cancelled)
+        )
         i = Inputs(
             *(_map(x), _map(signal.g), theta.weight, signal.phi),
-            *(_sum(theta.bias, signal.bias), psi.weight.flatten(), psi.bias),
+            *(_sum(theta.bias, signal.bias), psi.weight.flatten()),
+            psi.bias if cancelled is None else cancelled.detach(),
             *(signal.taps, signal.tap_weights),
         )
         # phi has been applied to a g that is resampled: it is not the map that the gate multiplies

@@ -180,6 +180,8 @@ class OverBatch(NamedTuple):
     theta_bias: Tensor | None = None
     """Of the convolution before: the mean takes it off again, and its gradient is 0, as DDP wants one."""
     phi_bias: Tensor | None = None
+    psi_bias: Tensor | None = None
+    """[1], where q has a norm over the batch, which wants the bias (without a gradient) for its mean."""
 
 
 class Statistics(NamedTuple):
@@ -244,7 +246,7 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def backward(ctx: Any, dq: Tensor | None, d: Tensor | None, *_: Any) -> Any:
         saved, o, norms = ctx.saved_tensors, ctx.options, ctx.norms
-        i, more, q, bias = Inputs(*saved[:9]), OverBatch(*saved[9:13]), saved[13], saved[14]
+        i, more, q, bias = Inputs(*saved[:9]), OverBatch(*saved[9:14]), saved[14], saved[15]
         needs = ctx.needs_input_grad[3:]
         # create_graph=True: the same formulas in differentiable PyTorch, for double backward
         differentiable = torch.is_grad_enabled() and not torch.compiler.is_compiling()
@@ -255,7 +257,7 @@ class _Gate(torch.autograd.Function):
                 folded, statistics = _normed(i, more, norms, o, kernels)
                 bias = folded.bias
             else:
-                statistics = _by_branch(norms, saved[15:], 3)
+                statistics = _by_branch(norms, saved[16:], 3)
                 statistics = tuple(None if s[0] is None else Statistics(*s) for s in statistics)
             i = i._replace(bias=bias)
             target = i.x if o.target == "x" else i.g
@@ -324,9 +326,11 @@ def gate(
     """q, y (the target where not o.apply), and mean and variance of theta's and phi's branch over the batch."""
     if impl == "reference":
         with _autocast.full_precision(i.x):
-            for b in more[2:]:
+            for b in (more.theta_bias, more.phi_bias):
                 if b is not None:  # a gradient of 0
                     i = i._replace(bias=0.0 * b if i.bias is None else i.bias + 0.0 * b)
+            if more.psi_bias is not None:
+                i = i._replace(psi_bias=more.psi_bias.detach() + 0.0 * more.psi_bias)
             folded, statistics = _normed(i, more, norms, o, Kernels(impl))
             q, y = reference.forward(folded, o)
         moments = tuple(t for s in statistics for t in ((None, None) if s is None else s[:2]))
