@@ -19,6 +19,7 @@ GATE_PLANS = {
     "whole": {"tile": 64, "chunk_units": 2},
     "chunks": {"tile": 32, "chunk": 32, "chunk_units": 2},
     "long": {"tile": 256, "chunk": 64, "chunk_units": 1},
+    "tall": {"tile": 128, "warp_tile": 64, "chunk": 32, "chunk_units": 2},
 }
 # statistics, patches, a resampled g, target g, both multiplies
 CHOSEN_GATES = [

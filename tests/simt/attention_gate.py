@@ -54,10 +54,10 @@ NormParams = _struct(
 NormBackwardParams = _struct(
     "NormBackwardParams", "dtype:i hidden:l count:l dh dht mean var scale eps:d k0 k1 dgamma"
 )
-Force = _struct("Force", "tile:i chunk:i chunk_units:l alone:b", b=ctypes.c_bool)
+Force = _struct("Force", "tile:i warp_tile:i chunk:i chunk_units:l alone:b", b=ctypes.c_bool)
 Plan = _struct(
     "Plan",
-    "threads:i tile:i hidden:i passes:i whole:b chunk:i map_stride:i map_size:i weight_stride:i "
+    "threads:i tile:i warp_tile:i hidden:i passes:i whole:b chunk:i map_stride:i map_size:i weight_stride:i "
     "weight_size:i tiles:l units:l blocks:l slots:l shared_bytes:i blocks_per_sm:i fused:b alone:b "
     "chunk_units:l rows:i splits:i",
     b=ctypes.c_bool,

@@ -88,9 +88,11 @@ template <class T, bool last>
 Status launch_range(const BackwardParams& p, const Plan& plan, const Work<T>& work, const Carved& c, void* stream) {
   const float* const dq = p.apply ? c.dq : static_cast<const float*>(p.dq);
   const HiddenGradients& range = c.hidden;
-  Status status =
-      launch(attention_gate_hidden_gradient_kernel<T, last>,
-             {plan.passes * plan.blocks, plan.threads, plan.shared_bytes}, stream, p, plan, work, dq, range, c.vectors);
+  Status status = visit_rows<T>(plan, [&](auto rows) {
+    return launch(attention_gate_hidden_gradient_kernel<T, last, decltype(rows)::value>,
+                  {plan.passes * plan.blocks, plan.threads, plan.shared_bytes}, stream, p, plan, work, dq, range,
+                  c.vectors);
+  });
   const int phi = 1 - work.theta;
   const float* const logits = p.apply ? static_cast<const float*>(p.q) : nullptr;
   const auto beginning = [&](Target target) { return Beginning{p.target == target ? p.d : ConstMap{}, logits}; };

@@ -34,17 +34,17 @@ ATTNKERN_DEVICE void gate_tile(const ForwardParams& p, const GateTile& tile, con
 // Computes   q = psi . act(theta x + phi g + bias) + psi_bias, y = sigmoid(q) target
 // Layout     x [B, C, L] or [B, L, C], g likewise or resampled [B, F, ...]; q [B, L]
 // Mapping    a block: tiles of positions, one after another. Chunks of terms come to shared memory two ahead; a warp
-//            has 32 positions and 32 hidden units, a lane 4 and 8 of them
+//            has 32 positions and 32 hidden units, a lane 4 and 8 of them; or 64, and a lane 8
 // Traffic    x, g and y once where the plan is whole; else the target once more, from L2, and the weights once a tile
 // Numerics   float; 16-bit maps times weights in two 16-bit parts; hidden units of a lane, of 4 lanes, of warps in
 // order
-template <class T, bool last>
-ATTNKERN_KERNEL(kMostThreads, 2)
+template <class T, bool last, int rows>
+ATTNKERN_KERNEL(kMostThreads, rows == kLaneRows ? 2 : 1)
 attention_gate_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_GRID_CONSTANT const Plan plan,
                           ATTNKERN_GRID_CONSTANT const Work<T> work) {
-  constexpr int rows = 4, columns = 4;  // of a lane: positions; blocks of 8 hidden units
+  constexpr int columns = kLaneColumns / 2;  // blocks of 8 hidden units
   const Sizes& n = p.sizes;
-  const WarpPlace place(plan.hidden);
+  const WarpPlace place(plan.hidden, 8 * rows);
   SharedArena arena;
   const Stream<T, last> stream(n, plan, work, arena, 0, plan.passes);
   const Shared<float> partial = arena.take<float>(plan.hidden / kWarpTile * plan.tile);
@@ -119,8 +119,10 @@ Status launch_forward_cuda(const ForwardParams& p, const Plan& plan, void* strea
     using T = decltype(type);
     Work<T> work;
     if (const Status status = make_work(p, plan, space, work, stream); !status.ok()) return status;
-    return launch(attention_gate_fwd_kernel<T, decltype(last)::value>, {plan.blocks, plan.threads, plan.shared_bytes},
-                  stream, p, plan, work);
+    return visit_rows<T>(plan, [&](auto rows) {
+      return launch(attention_gate_fwd_kernel<T, decltype(last)::value, decltype(rows)::value>,
+                    {plan.blocks, plan.threads, plan.shared_bytes}, stream, p, plan, work);
+    });
   });
 }
 

@@ -41,18 +41,19 @@ struct LaneVectors {
 };
 
 // dt, du of a lane's positions and its hidden units i, and the sums of dh and dq act(h).
+template <int Rows>
 struct UnitGradient {
-  float dt[kLaneRows], du[kLaneRows];
+  float dt[Rows], du[Rows];
 
   template <class Product, class Vectors>
-  ATTNKERN_DEVICE UnitGradient(const BackwardParams& p, int64_t f, const LaneGradients& dq, const Product& t,
+  ATTNKERN_DEVICE UnitGradient(const BackwardParams& p, int64_t f, const LaneGradients<Rows>& dq, const Product& t,
                                const Product& u, int i, Vectors& sums) {
     const bool exists = f < p.sizes.hidden;
     const int64_t at = exists ? f : 0;
     const HiddenUnit unit(p, p.theta_branch.scale, p.phi_branch.scale, at);
     const UnitBranch theta(p.theta_branch, at), phi(p.phi_branch, at);
 #pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
+    for (int r = 0; r < Rows; ++r) {
       dt[r] = du[r] = 0.0f;
       if (!exists || !dq.real[r]) continue;
       const float a = value_of(t, r, i), b = value_of(u, r, i), h = unit.h(a, b);
@@ -70,16 +71,16 @@ struct UnitGradient {
 // Mapping    as forward's, a pass over the hidden units a block
 // Traffic    x and g once a pass, dt and du once
 // Numerics   float; dt and du rounded once, as eager's are; sums of ranges in order
-template <class T, bool last>
+template <class T, bool last, int Rows>
 ATTNKERN_KERNEL(kMostThreads, 1)
 attention_gate_hidden_gradient_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p,
                                       ATTNKERN_GRID_CONSTANT const Plan plan, ATTNKERN_GRID_CONSTANT const Work<T> work,
                                       const float* dq, const HiddenGradients out, float* partial) {
   const PassBlock own(plan);
-  const WarpPlace place(plan.hidden);
+  const WarpPlace place(plan.hidden, 8 * Rows);
   SharedArena arena;
   const Stream<T, last> stream(p.sizes, plan, work, arena, own.pass, 1);
-  WarpProduct<T, kLaneRows / 2, kLaneColumns / 2> t, u;
+  WarpProduct<T, Rows / 2, kLaneColumns / 2> t, u;
   LaneVectors<> vectors;
   const int64_t first = int64_t{own.pass} * plan.hidden + place.column;
   stream.run(out.first + own.block, out.last, [&](const Step& step, int stage) {
@@ -90,7 +91,7 @@ attention_gate_hidden_gradient_kernel(ATTNKERN_GRID_CONSTANT const BackwardParam
     if (!stream.completes(step)) return;
     const GateTile tile = tile_of(p.sizes, plan, step.unit);
     if (!p.phi) add_resampled(u, p, tile, place.row, first);
-    const LaneGradients gradients(TileGradients(dq, p.sizes, tile), tile, place.row);
+    const LaneGradients<Rows> gradients(TileGradients(dq, p.sizes, tile), tile, place.row);
     const int64_t row = (step.unit - out.first) * plan.tile + place.row + lane_id() / 4;
 #pragma unroll
     for (int j = 0; j < kLaneColumns; j += 2) {
@@ -98,7 +99,7 @@ attention_gate_hidden_gradient_kernel(ATTNKERN_GRID_CONSTANT const BackwardParam
       const UnitGradient one(p, first + unit, gradients, t, u, j, vectors);
       const UnitGradient two(p, first + unit + 1, gradients, t, u, j + 1, vectors);
 #pragma unroll
-      for (int r = 0; r < kLaneRows; ++r) {
+      for (int r = 0; r < Rows; ++r) {
         const int64_t at = (row + 8 * r) * out.pitch + first + unit;
         store_global_vec(static_cast<T*>(out.dt) + at, Vec<T, 2>{{narrow<T>(one.dt[r]), narrow<T>(two.dt[r])}});
         if (out.du != out.dt)
@@ -106,7 +107,7 @@ attention_gate_hidden_gradient_kernel(ATTNKERN_GRID_CONSTANT const BackwardParam
       }
     }
 #pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) vectors.dpsi_bias += gradients.value[r];
+    for (int r = 0; r < Rows; ++r) vectors.dpsi_bias += gradients.value[r];
     t.clear();
     u.clear();
   });

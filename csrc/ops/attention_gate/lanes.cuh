@@ -1,11 +1,11 @@
-// A lane's share of a tile: 4 positions, 8 hidden units, and what it adds up over tiles.
+// A lane's share of a tile: 4 or 8 positions, 8 hidden units, and what it adds up over tiles.
 #pragma once
 
 #include "ops/attention_gate/hidden.cuh"
 
 namespace attnkern::attention_gate {
 
-constexpr int kLaneRows = 4, kLaneColumns = 8;  // positions and hidden units of a lane
+constexpr int kLaneRows = 4, kLaneColumns = 8;  // positions (8 of a tall warp) and hidden units of a lane
 
 // The block's pass over the hidden units, and its number among the blocks of that pass.
 struct PassBlock {
@@ -18,7 +18,7 @@ struct PassBlock {
 // The partial sums of this warp's row of warps: [slots, arrays, hidden units].
 ATTNKERN_DEVICE float* slot_of(float* partial, const Plan& plan, const PassBlock& own, const WarpPlace& place,
                                int arrays) {
-  const int64_t slot = own.block * (plan.tile / kWarpTile) + place.row / kWarpTile;
+  const int64_t slot = own.block * (plan.tile / plan.warp_tile) + place.row / plan.warp_tile;
   return partial + slot * arrays * plan.passes * plan.hidden + own.pass * plan.hidden + place.column;
 }
 
@@ -63,13 +63,14 @@ struct TileGradients {
 };
 
 // dq of a lane's positions, 0 beyond the tile's. `tile_dq` has that of the tile, in shared or in global memory.
+template <int Rows = kLaneRows>
 struct LaneGradients {
-  float value[kLaneRows];
-  bool real[kLaneRows];
+  float value[Rows];
+  bool real[Rows];
   template <class From>
   ATTNKERN_DEVICE LaneGradients(const From& tile_dq, const GateTile& tile, int row) {
 #pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
+    for (int r = 0; r < Rows; ++r) {
       const int at = row + 8 * r + lane_id() / 4;
       real[r] = at < tile.count;
       value[r] = real[r] ? tile_dq.load(at) : 0.0f;

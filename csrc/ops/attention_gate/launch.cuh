@@ -4,7 +4,7 @@
 #include "cuda/carver.h"
 #include "cuda/launch.cuh"
 #include "cuda/visit.cuh"
-#include "ops/attention_gate/hidden.cuh"
+#include "ops/attention_gate/lanes.cuh"
 
 namespace attnkern::attention_gate {
 
@@ -67,6 +67,14 @@ template <class F>
 Status visit(DType dtype, bool last, const F& f) {
   return visit_type(dtype,
                     [&](auto type) -> Status { return last ? f(type, std::true_type{}) : f(type, std::false_type{}); });
+}
+
+// f(std::integral_constant<int, positions of a lane>{}).
+template <class T, class F>
+Status visit_rows(const Plan& plan, const F& f) {
+  if constexpr (sizeof(T) == 2)
+    if (plan.warp_tile > kWarpTile) return f(std::integral_constant<int, 2 * kLaneRows>{});
+  return f(std::integral_constant<int, kLaneRows>{});
 }
 
 inline bool fits(const Plan& plan, const cuda::DeviceProperties& device) {

@@ -3,6 +3,7 @@
 #include <algorithm>
 #include <optional>
 #include <string>
+#include <tuple>
 
 #include "core/divide.h"
 #include "core/plan_registry.h"
@@ -65,8 +66,8 @@ int64_t lay_out(const Problem& p, Plan& plan, int64_t parts) {
   return bytes;
 }
 
-// Threads of a block, a warp 32 positions and 32 hidden units of a product, or 16.
-int threads_of(const Plan& plan) { return (plan.alone ? 2 : 1) * plan.tile / kWarpTile * plan.hidden; }
+// Threads of a block, a warp 32 hidden units of a product, or 16.
+int threads_of(const Plan& plan) { return (plan.alone ? 2 : 1) * plan.tile / plan.warp_tile * plan.hidden; }
 
 // The same of a block of the fused backward, by lay_out's strides: x and g of a tile or two, d, dt and du, both
 // weights; dq, alpha and what dq is added up from.
@@ -82,7 +83,7 @@ int64_t lay_out_fused(const Problem& p, Plan& plan) {
 
 // Hidden units of a pass beside `tile` positions: as many as the block's warps have products for, in even passes.
 void choose_hidden(const Problem& p, Plan& plan, int tile, int warps = kMostThreads / 32) {
-  const int64_t all = round_up(p.sizes.hidden, kWarpTile), most = int64_t{kWarpTile} * warps / (tile / kWarpTile);
+  const int64_t all = round_up(p.sizes.hidden, kWarpTile), most = int64_t{kWarpTile} * warps / (tile / plan.warp_tile);
   plan.tile = tile;
   plan.passes = static_cast<int>(ceil_div(all, most));
   plan.hidden = static_cast<int>(round_up(ceil_div(all, plan.passes), kWarpTile));
@@ -134,7 +135,7 @@ double terms_read(const Problem& p, const Plan& plan) {
 }
 
 // Whole maps and weights where they fit: the longest tile that lets two blocks share an SM, or that fits at all. Else
-// chunks, of the tile that reads least from L2.
+// chunks, of the tile that reads least from L2, by as many warps as do.
 void choose_tile(const Problem& p, Plan& plan, const cuda::DeviceProperties& device, const Force& force) {
   const int64_t whole = device.shared_bytes_per_block;
   const int64_t half = std::min<int64_t>(whole, device.shared_bytes_per_sm / 2 - 1024);
@@ -148,12 +149,17 @@ void choose_tile(const Problem& p, Plan& plan, const cuda::DeviceProperties& dev
       if (plan.passes == 1 && lay_out(p, plan, parts_of(p)) <= limit) return;
     }
   plan.whole = false;
+  const int tallest = p.dtype_bytes == 2 ? 2 * kWarpTile : kWarpTile;
+  const auto cost = [&](const Plan& plan) { return std::tuple(terms_read(p, plan), -threads_of(plan), plan.tile); };
   for (int warps = kWarps; warps > 0; warps /= 2) {
     std::optional<Plan> best;
-    for (int tile = longest; tile >= least; tile /= 2)
-      if (tile <= warps * kWarpTile && choose_chunk(p, plan, tile, warps, whole, force) &&
-          (!best || terms_read(p, plan) < terms_read(p, *best)))
-        best = plan;
+    for (int height = force.warp_tile ? std::min(force.warp_tile, tallest) : kWarpTile; height <= tallest; height *= 2)
+      for (int tile = longest; tile >= std::max(least, height); tile /= 2) {
+        plan.warp_tile = height;
+        if (tile <= warps * height && choose_chunk(p, plan, tile, warps, whole, force) &&
+            (!best || cost(plan) < cost(*best)))
+          best = plan;
+      }
     if (!best) continue;
     plan = *best;
     return;
@@ -164,10 +170,12 @@ void choose_tile(const Problem& p, Plan& plan, const cuda::DeviceProperties& dev
 
 Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const Force& force) {
   Plan plan{};
+  plan.warp_tile = kWarpTile;
   const Sizes& n = p.sizes;
   choose_tile(p, plan, device, force);
   plan.threads = threads_of(plan);
-  const int registers = p.task == Task::forward || p.task == Task::moments ? 128 : 255;  // of a thread, at most
+  const bool few = plan.warp_tile == kWarpTile && (p.task == Task::forward || p.task == Task::moments);
+  const int registers = few ? 128 : 255;  // of a thread, at most
   plan.blocks_per_sm = static_cast<int>(
       std::clamp<int64_t>(std::min<int64_t>(device.shared_bytes_per_sm / (int64_t{plan.shared_bytes} + 1024),
                                             65536 / (registers * plan.threads)),
@@ -181,7 +189,7 @@ Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const For
   const int64_t range = p.task == Task::backward && !plan.fused ? plan.chunk_units : all;
   const int64_t passes = p.task == Task::forward ? 1 : plan.passes;  // a block of forward takes all of them
   plan.blocks = std::min<int64_t>(range, std::max<int64_t>(1, int64_t{device.sm_count} * plan.blocks_per_sm / passes));
-  plan.slots = plan.blocks * (plan.tile / kWarpTile);
+  plan.slots = plan.blocks * (plan.tile / plan.warp_tile);
   plan.rows = pitch % 128 == 0 ? 128 : pitch % 64 == 0 ? 64 : 32;
   const Widths widths = widths_of(p);
   const int64_t columns = kWarps * kWarpTile * kWarpTile / plan.rows;
@@ -223,12 +231,14 @@ PlanAnswer answer(const PlanQuery& query, Task task) {
   p.last = query.get<bool>("channels_last", false);
   p.resampled = query.get<bool>("resampled", false);
   const cuda::DeviceProperties device = cuda::device_of(query);
-  const Plan plan = make_plan(p, device,
-                              {query.get<int>("force_tile", 0), query.get<int>("force_chunk", 0),
-                               query.get("force_chunk_units", 0), query.get<bool>("force_alone", false)});
+  const Plan plan = make_plan(
+      p, device,
+      {query.get<int>("force_tile", 0), query.get<int>("force_warp_tile", 0), query.get<int>("force_chunk", 0),
+       query.get("force_chunk_units", 0), query.get<bool>("force_alone", false)});
   return {
       {"threads", std::to_string(plan.threads)},
       {"tile", std::to_string(plan.tile)},
+      {"warp_tile", std::to_string(plan.warp_tile)},
       {"hidden", std::to_string(plan.hidden)},
       {"passes", std::to_string(plan.passes)},
       {"whole", std::to_string(plan.whole)},

@@ -31,6 +31,7 @@ constexpr int kWeightTiles = 2;    // of 32 x 32 sums of theta's and phi's gradi
 struct Plan {
   int threads;
   int tile;           // positions of a tile
+  int warp_tile;      // positions of a warp's product: 32; 64 where that reads 16-bit chunks for more positions at once
   int hidden;         // hidden units of a pass, in whole warp tiles
   int passes;         // over all of them
   bool whole;         // a chunk is a tile's whole map, and the weights stay in shared memory
@@ -56,6 +57,7 @@ struct Plan {
 // Tests force what a plan would choose by itself.
 struct Force {
   int tile = 0;
+  int warp_tile = 0;        // of a plan that is not whole, 16 bits
   int chunk = 0;            // terms, of a plan that is not whole
   int64_t chunk_units = 0;  // backward in ranges
   bool alone = false;       // backward fused, if so

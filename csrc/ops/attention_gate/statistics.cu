@@ -28,22 +28,23 @@ struct Moments {
 // Mapping    as forward's, a pass over the hidden units a block
 // Traffic    x once a pass
 // Numerics   float; a lane's positions by Welford's update in order, then lanes, warps and blocks merged in order
-template <class T, bool last>
-ATTNKERN_KERNEL(kMostThreads, sizeof(T) == 2 ? 2 : 1)  // two blocks of floats spill 16 bytes on sm_100
+template <class T, bool last, int Rows>
+ATTNKERN_KERNEL(kMostThreads,
+                sizeof(T) == 2 && Rows == kLaneRows ? 2 : 1)  // two blocks of floats spill 16 bytes on sm_100
 attention_gate_moments_kernel(ATTNKERN_GRID_CONSTANT const Sizes n, ATTNKERN_GRID_CONSTANT const Plan plan,
                               ATTNKERN_GRID_CONSTANT const Work<T> work, float* partial) {
   const PassBlock own(plan);
-  const WarpPlace place(plan.hidden);
+  const WarpPlace place(plan.hidden, 8 * Rows);
   SharedArena arena;
   const Stream<T, last> stream(n, plan, work, arena, own.pass, 1);
-  WarpProduct<T, kLaneRows / 2, kLaneColumns / 2> t;
+  WarpProduct<T, Rows / 2, kLaneColumns / 2> t;
   float count = 0.0f, mean[kLaneColumns] = {}, squares[kLaneColumns] = {};
   stream.run(own.block, plan.units, [&](const Step& step, int stage) {
     stream.multiply(step, stage, place, t);
     if (!stream.completes(step)) return;
     const int positions = tile_of(n, plan, step.unit).count;
 #pragma unroll
-    for (int r = 0; r < kLaneRows; ++r) {
+    for (int r = 0; r < Rows; ++r) {
       if (place.row + 8 * r + lane_id() / 4 >= positions) continue;
       count += 1.0f;
       const float share = 1.0f / count;
@@ -98,15 +99,15 @@ attention_gate_merge_moments_kernel(const float* partial, int64_t slots, int64_t
 // Mapping    as forward's, a pass over the hidden units a block
 // Traffic    x and g once a pass
 // Numerics   float; a lane's positions in order, then lanes
-template <class T, bool last>
+template <class T, bool last, int Rows>
 ATTNKERN_KERNEL(kMostThreads, 1)
 attention_gate_sums_kernel(ATTNKERN_GRID_CONSTANT const SumsParams p, ATTNKERN_GRID_CONSTANT const Plan plan,
                            ATTNKERN_GRID_CONSTANT const Work<T> work, float* partial) {
   const PassBlock own(plan);
-  const WarpPlace place(plan.hidden);
+  const WarpPlace place(plan.hidden, 8 * Rows);
   SharedArena arena;
   const Stream<T, last> stream(p.sizes, plan, work, arena, own.pass, 1);
-  WarpProduct<T, kLaneRows / 2, kLaneColumns / 2> t, u;
+  WarpProduct<T, Rows / 2, kLaneColumns / 2> t, u;
   float sums[3][kLaneColumns] = {};
   const int64_t first = int64_t{own.pass} * plan.hidden + place.column;
   stream.run(own.block, plan.units, [&](const Step& step, int stage) {
@@ -117,12 +118,12 @@ attention_gate_sums_kernel(ATTNKERN_GRID_CONSTANT const SumsParams p, ATTNKERN_G
     if (!stream.completes(step)) return;
     const GateTile tile = tile_of(p.sizes, plan, step.unit);
     if (!p.phi) add_resampled(u, p, tile, place.row, first);
-    const LaneGradients dq(TileGradients(p.dq, p.sizes, tile), tile, place.row);
+    const LaneGradients<Rows> dq(TileGradients(p.dq, p.sizes, tile), tile, place.row);
     each_unit([&](int i, int unit) {
       if (first + unit >= p.sizes.hidden) return;
       const HiddenUnit own_unit(p, p.theta_scale, p.phi_scale, first + unit);
 #pragma unroll
-      for (int r = 0; r < kLaneRows; ++r) {
+      for (int r = 0; r < Rows; ++r) {
         if (!dq.real[r]) continue;
         const float a = value_of(t, r, i), b = value_of(u, r, i);
         const float dh = hidden_backward(p, dq.value[r] * own_unit.psi, own_unit.h(a, b));
@@ -171,7 +172,7 @@ Status launch_statistics(const Params& p, const Plan& plan, void* stream, const 
     using T = decltype(type);
     Work<T> work;
     if (const Status status = make_work(p, plan, c.weights, work, stream); !status.ok()) return status;
-    return launch_kernel(last, config, work, c.partial);
+    return visit_rows<T>(plan, [&](auto rows) { return launch_kernel(last, rows, config, work, c.partial); });
   });
 }
 
@@ -182,11 +183,11 @@ size_t sums_workspace_cuda(const SumsParams& p, const Plan& plan) { return carve
 
 Status launch_moments_cuda(const MomentsParams& p, const Plan& plan, void* stream) {
   if (p.sizes.batch > 0) {
-    const Status status =
-        launch_statistics(p, plan, stream, [&](auto last, const auto& config, const auto& work, float* partial) {
+    const Status status = launch_statistics(
+        p, plan, stream, [&](auto last, auto rows, const auto& config, const auto& work, float* partial) {
           using T = typename std::remove_cvref_t<decltype(work)>::Element;
-          return launch(attention_gate_moments_kernel<T, decltype(last)::value>, config, stream, p.sizes, plan, work,
-                        partial);
+          return launch(attention_gate_moments_kernel<T, decltype(last)::value, decltype(rows)::value>, config, stream,
+                        p.sizes, plan, work, partial);
         });
     if (!status.ok()) return status;
   }
@@ -198,10 +199,11 @@ Status launch_moments_cuda(const MomentsParams& p, const Plan& plan, void* strea
 
 Status launch_sums_cuda(const SumsParams& p, const Plan& plan, void* stream) {
   if (p.sizes.batch > 0) {
-    const Status status =
-        launch_statistics(p, plan, stream, [&](auto last, const auto& config, const auto& work, float* partial) {
+    const Status status = launch_statistics(
+        p, plan, stream, [&](auto last, auto rows, const auto& config, const auto& work, float* partial) {
           using T = typename std::remove_cvref_t<decltype(work)>::Element;
-          return launch(attention_gate_sums_kernel<T, decltype(last)::value>, config, stream, p, plan, work, partial);
+          return launch(attention_gate_sums_kernel<T, decltype(last)::value, decltype(rows)::value>, config, stream, p,
+                        plan, work, partial);
         });
     if (!status.ok()) return status;
   }
