@@ -38,6 +38,10 @@ def check_limits(plan, device, query):
     assert plan["slots"] == plan["blocks"] * rows
     assert 1 <= plan["splits"] <= 64
     assert (plan["passes"] * plan["hidden"]) % plan["rows"] == 0
+    width = 64 if query["dtype_bytes"] == 2 else 32
+    for rows, columns in (("tile", "map_columns"), ("rows", "weight_columns")):
+        assert plan[columns] % width == 0, "whole warps"
+        assert 128 <= plan[rows] * plan[columns] // width <= 256, "threads of a gradient's product"
     if plan["fused"]:
         assert plan["whole"]
         if not plan["alone"]:

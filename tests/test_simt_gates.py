@@ -87,7 +87,7 @@ def test_more_hidden_units_than_a_block_has(gates):
 
 def test_more_channels_than_shared_memory_holds(gates):
     case = gate_cases.case("", 1, 300, (4, 6), 40)
-    gates.device.configure(shared=72 << 10)
+    gates.device.configure(shared=99 << 10)  # as sm_86 has
     for dtype in (torch.float32, torch.bfloat16):
         gates.force = {}
         testing.compare(GATED[0].spec, case, case.inputs(dtype), impl="native")

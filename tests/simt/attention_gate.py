@@ -59,7 +59,7 @@ Plan = _struct(
     "Plan",
     "threads:i tile:i warp_tile:i hidden:i passes:i whole:b chunk:i map_stride:i map_size:i weight_stride:i "
     "weight_size:i tiles:l units:l blocks:l slots:l shared_bytes:i blocks_per_sm:i fused:b alone:b "
-    "chunk_units:l rows:i splits:i",
+    "chunk_units:l map_columns:i rows:i weight_columns:i splits:i",
     b=ctypes.c_bool,
 )
 

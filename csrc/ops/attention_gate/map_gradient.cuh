@@ -6,8 +6,13 @@
 
 namespace attnkern::attention_gate {
 
-constexpr int kProductThreads = 256;
-constexpr int kProductArea = kProductThreads / kWarpSize * kWarpTile * kWarpTile;  // sums of a block
+// Columns of a warp's product; it has 32 rows. Wide ones read less of d, but floats have no registers for them.
+template <class T>
+constexpr int kProductWidth = sizeof(T) == 2 ? 2 * kWarpTile : kWarpTile;
+template <class T>
+constexpr int product_threads(int rows, int columns) {
+  return rows * columns / kProductWidth<T>;
+}
 // Hidden units or positions that a block of a gradient's product takes at once.
 template <class T>
 constexpr int kPanel = 64 / static_cast<int>(sizeof(T));
@@ -59,28 +64,32 @@ int map_gradient_bytes(int tile, int columns) {
 
 // Computes   d map = beginning + weight^T d, over the patches of a range of units
 // Layout     d [positions, hidden units]; weight to nearest [hidden units, terms]; the map's own
-// Mapping    a block: a unit's positions and 8192 / tile terms; panels of 32 (float: 16) hidden units
+// Mapping    a block: a unit's positions and plan.map_columns terms; panels of 32 (float: 16) hidden units
 // Traffic    d and the weights from L2; the beginning and the result once
 // Numerics   float; hidden units in order, one rounding
 template <class T, bool last>
-ATTNKERN_KERNEL(kProductThreads, 2)
+ATTNKERN_KERNEL(kMostThreads, 2)
 attention_gate_map_gradient_kernel(ATTNKERN_GRID_CONSTANT const Sizes n, ATTNKERN_GRID_CONSTANT const Plan plan,
                                    ATTNKERN_GRID_CONSTANT const Operand o, const SplitWeight<T> weight, const T* d,
                                    ATTNKERN_GRID_CONSTANT const HiddenGradients range,
                                    ATTNKERN_GRID_CONSTANT const Beginning beginning,
                                    ATTNKERN_GRID_CONSTANT const Map out) {
-  const int columns = kProductArea / plan.tile;
+  const int columns = plan.map_columns;
   const int blocks = (o.width + columns - 1) / columns, term = static_cast<int>(block_index() % blocks) * columns;
   const int64_t unit = range.first + block_index() / blocks;
   const int terms = at_most(o.width - term, columns);
   const GateTile tile = tile_of(n, plan, unit);
-  const WarpPlace place(columns);
-  WarpProduct<T, 2, 4> product;
+  const WarpPlace place(columns, kWarpTile, kProductWidth<T>);
+  WarpProduct<T, 2, kProductWidth<T> / 8> product;
   {
     SharedArena arena;
     const int a_size = panel_size<T>(plan.tile, kPanel<T>), b_size = panel_size<T>(kPanel<T>, columns);
     const int a_stride = row_stride<T>(kPanel<T>), b_stride = row_stride<T>(columns);
     const Shared<T> a = arena.take<T>(kStages * a_size), b = arena.take<T>(kStages * b_size);
+    const int spare = multiple_of(terms, kProductWidth<T>) - terms;  // the last warp multiplies them all the same
+    if (spare > 0)
+      for (Walk w(spare); w.row < kStages * kPanel<T>; w.next())
+        b.store(w.row * b_stride + terms + w.column, narrow<T>(0.0f));
     const T* const rows = d + (unit - range.first) * plan.tile * range.pitch;
     const auto start = [&](int64_t i, int stage) {
       fetch_rows(a.slice(stage * a_size, a_size), a_stride, rows + i * kPanel<T>, range.pitch, plan.tile, kPanel<T>);
@@ -142,11 +151,11 @@ template <class T, bool last>
 Status launch_map_gradient(const BackwardParams& p, const Plan& plan, const Operand& o, const SplitWeight<T>& weight,
                            const void* d, const HiddenGradients& range, const Beginning& beginning, const Map& out,
                            void* stream) {
-  const int columns = kProductArea / plan.tile;
+  const int columns = plan.map_columns;
   const int64_t blocks = (range.last - range.first) * ((o.width + columns - 1) / columns);
   return launch(attention_gate_map_gradient_kernel<T, last>,
-                {blocks, kProductThreads, map_gradient_bytes<T, last>(plan.tile, columns)}, stream, p.sizes, plan, o,
-                weight, static_cast<const T*>(d), range, beginning, out);
+                {blocks, product_threads<T>(plan.tile, columns), map_gradient_bytes<T, last>(plan.tile, columns)},
+                stream, p.sizes, plan, o, weight, static_cast<const T*>(d), range, beginning, out);
 }
 
 constexpr int kElementThreads = 256;

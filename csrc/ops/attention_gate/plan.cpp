@@ -18,6 +18,7 @@ constexpr int kMostChunk = 128;            // terms of a chunk that is not a who
 constexpr int kMostBlocks = 4;             // of an SM that a plan counts on
 constexpr int64_t kChunkBytes = 24 << 20;  // of hidden gradients, which stay in L2
 constexpr int kMostSplits = 64;
+constexpr int kMostColumns = 256;  // terms of a block of a gradient's product, for panels of 99 KB at most
 
 int64_t volume_of(const int64_t (&size)[3]) { return size[0] * size[1] * size[2]; }
 
@@ -192,8 +193,10 @@ Plan make_plan(const Problem& p, const cuda::DeviceProperties& device, const For
   plan.slots = plan.blocks * (plan.tile / plan.warp_tile);
   plan.rows = pitch % 128 == 0 ? 128 : pitch % 64 == 0 ? 64 : 32;
   const Widths widths = widths_of(p);
-  const int64_t columns = kWarps * kWarpTile * kWarpTile / plan.rows;
-  const int64_t products = pitch / plan.rows * ceil_div(std::max(widths.theta, widths.phi), columns);
+  const int area = kWarps * kWarpTile * (p.dtype_bytes == 2 ? 2 : 1) * kWarpTile;  // map_gradient.cuh's warps
+  plan.map_columns = std::min(area / plan.tile, kMostColumns);
+  plan.weight_columns = std::min(area / plan.rows, kMostColumns);
+  const int64_t products = pitch / plan.rows * ceil_div(std::max(widths.theta, widths.phi), plan.weight_columns);
   plan.splits =
       static_cast<int>(std::clamp<int64_t>(2 * device.sm_count / products, 1, std::min<int64_t>(kMostSplits, range)));
   return plan;
@@ -250,7 +253,9 @@ PlanAnswer answer(const PlanQuery& query, Task task) {
       {"blocks", std::to_string(plan.blocks)},
       {"slots", std::to_string(plan.slots)},
       {"chunk_units", std::to_string(plan.chunk_units)},
+      {"map_columns", std::to_string(plan.map_columns)},
       {"rows", std::to_string(plan.rows)},
+      {"weight_columns", std::to_string(plan.weight_columns)},
       {"splits", std::to_string(plan.splits)},
       {"shared_bytes", std::to_string(plan.shared_bytes)},
       {"blocks_per_sm", std::to_string(plan.blocks_per_sm)},

@@ -50,7 +50,9 @@ struct Plan {
   bool fused;           // one kernel; the rest is for ranges of units
   bool alone;           // fused, one block an SM: loads the next tile as it multiplies; warps have 16 hidden units
   int64_t chunk_units;  // units whose hidden gradients the workspace holds at once
+  int map_columns;      // terms of a block of a map's gradient, beside the tile's positions
   int rows;             // hidden units of a block of the weights' gradients
+  int weight_columns;   // its terms
   int splits;           // blocks that share a chunk there
 };
 

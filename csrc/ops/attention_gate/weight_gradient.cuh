@@ -6,23 +6,23 @@
 namespace attnkern::attention_gate {
 
 template <class T, bool last>
-int weight_gradient_bytes(int rows) {
-  const int columns = kProductArea / rows;
+int weight_gradient_bytes(int rows, int columns) {
   return shared_bytes<T>(kStages * panel_size<T>(kPanel<T>, rows)) +
          shared_bytes<T>(kStages * (last ? panel_size<T>(kPanel<T>, columns) : panel_size<T>(columns, kPanel<T>)));
 }
 
 // Computes   sums += d map^T over the units of a split
 // Layout     d [positions, hidden units]; the map's own; sums [splits, hidden units, terms]
-// Mapping    a block: a split of the range, `rows` hidden units, 8192 / rows terms; panels of 32 (float: 16) positions
+// Mapping    a block: a split of the range, the plan's `rows` hidden units and `weight_columns` terms; panels of 32
+//            (float: 16) positions
 // Traffic    the map once a block of hidden units, d once a block of terms, from L2
 // Numerics   float; positions of a unit, units, then ranges in order
 template <class T, bool last>
-ATTNKERN_KERNEL(kProductThreads, 1)
+ATTNKERN_KERNEL(kMostThreads, 1)
 attention_gate_weight_gradient_kernel(ATTNKERN_GRID_CONSTANT const Sizes n, ATTNKERN_GRID_CONSTANT const Plan plan,
                                       ATTNKERN_GRID_CONSTANT const Operand o, const T* d,
                                       ATTNKERN_GRID_CONSTANT const HiddenGradients range, float* sums) {
-  const int columns = kProductArea / plan.rows;
+  const int columns = plan.weight_columns;
   const int64_t term_blocks = (o.width + columns - 1) / columns, hidden_blocks = range.pitch / plan.rows;
   const int term = static_cast<int>(block_index() % term_blocks) * columns;
   const int64_t first = block_index() / term_blocks % hidden_blocks * plan.rows;
@@ -39,8 +39,8 @@ attention_gate_weight_gradient_kernel(ATTNKERN_GRID_CONSTANT const Sizes n, ATTN
   const int b_stride = row_stride<T>(last ? columns : kPanel<T>);
   SharedArena arena;
   const Shared<T> a = arena.take<T>(kStages * a_size), b = arena.take<T>(kStages * b_size);
-  const WarpPlace place(columns);
-  WarpProduct<T, 2, 4> product, total;
+  const WarpPlace place(columns, kWarpTile, kProductWidth<T>);
+  WarpProduct<T, 2, kProductWidth<T> / 8> product, total;
   const auto start = [&](int64_t i, int stage) {
     const int64_t unit = begin + i / panels;
     const int panel = static_cast<int>(i % panels) * kPanel<T>;
@@ -49,7 +49,8 @@ attention_gate_weight_gradient_kernel(ATTNKERN_GRID_CONSTANT const Sizes n, ATTN
     tile.count = at_most(tile.count - panel, kPanel<T>);
     fetch_rows(a.slice(stage * a_size, a_size), a_stride,
                d + ((unit - range.first) * plan.tile + panel) * range.pitch + first, range.pitch, kPanel<T>, plan.rows);
-    fetch<T, last>(b.slice(stage * b_size, b_size), b_stride, o, n, tile, kPanel<T>, term, terms);
+    fetch<T, last>(b.slice(stage * b_size, b_size), b_stride, o, n, tile, kPanel<T>, term,
+                   multiple_of(terms, kProductWidth<T>));
   };
   each_panel(units * panels, start, [&](int64_t i, int stage) {
     if (place.column >= terms) return;
@@ -91,11 +92,11 @@ attention_gate_put_weight_kernel(const float* sums, int64_t hidden, int64_t pitc
 template <class T, bool last>
 Status launch_weight_gradient(const BackwardParams& p, const Plan& plan, const Operand& o, const void* d,
                               const HiddenGradients& range, float* sums, void* stream) {
-  const int columns = kProductArea / plan.rows;
+  const int columns = plan.weight_columns;
   const int64_t blocks = plan.splits * (range.pitch / plan.rows) * ((o.width + columns - 1) / columns);
   return launch(attention_gate_weight_gradient_kernel<T, last>,
-                {blocks, kProductThreads, weight_gradient_bytes<T, last>(plan.rows)}, stream, p.sizes, plan, o,
-                static_cast<const T*>(d), range, sums);
+                {blocks, product_threads<T>(plan.rows, columns), weight_gradient_bytes<T, last>(plan.rows, columns)},
+                stream, p.sizes, plan, o, static_cast<const T*>(d), range, sums);
 }
 
 inline Status launch_put_weight(const BackwardParams& p, const Plan& plan, const Operand& o, const float* sums,
