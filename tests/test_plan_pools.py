@@ -112,7 +112,7 @@ def test_the_tensor_cores_get_the_longest_tiles(features, tile, stages):
 
 @pytest.mark.parametrize(("features", "tile"), [(128, 64), (512, 64), (1152, 32)])
 def test_many_queries_take_the_tensor_cores(features, tile):
-    """Sixteen queries share what is read of an item; few, floats and gradients are left to multiply-adds."""
+    """Sixteen queries share what is read of an item; few and floats are left to multiply-adds."""
     query = {"scorer": "dot", "batch": 32, "items": 729, "hidden": features, "features": features}
     plan = ask("forward", H200, queries=16, dtype_bytes=2, **query)
     check_limits(plan, H200, {**query, "queries": 16, "dtype_bytes": 2})
@@ -121,11 +121,36 @@ def test_many_queries_take_the_tensor_cores(features, tile):
     few = {"queries": 4, "dtype_bytes": 2}, {"queries": 16, "dtype_bytes": 4}
     for other in few:
         assert ask("forward", H200, **other, **query)["product"] == 0
-    assert ask("backward", H200, queries=16, dtype_bytes=2, **query)["product"] == 0
     narrow = {**query, "features": 112, "hidden": 112}
     assert ask("forward", H200, queries=16, dtype_bytes=2, **narrow)["product"] == 0
     plan = ask("forward", RTX_3090, queries=16, dtype_bytes=2, keyed=1, **query)
     assert plan["shared_bytes"] <= RTX_3090["shared_per_block"]
+
+
+@pytest.mark.parametrize("device", ["h200", "a100", "b200"])
+@pytest.mark.parametrize("keyed", [0, 1])
+@pytest.mark.parametrize(("features", "queries"), [(128, 5), (768, 12), (1024, 16), (1152, 16)])
+def test_backward_of_many_queries_takes_the_tensor_cores(features, queries, keyed, device):
+    """An H200 holds two tiles of shared keys and values; an A100 one of 1152 features, none with keys of their own."""
+    query = {"scorer": "dot", "batch": 32, "items": 729, "hidden": features, "features": features}
+    query |= {"queries": queries, "dtype_bytes": 2, "keyed": keyed, "summed": 1}
+    plan = ask("backward", DEVICES[device], **query)
+    check_limits(plan, DEVICES[device], query)
+    fits = not (device == "a100" and keyed and features >= 1024)
+    assert (plan["product"], plan["query_blocks"]) == (fits, 1)
+    if device != "a100" and not keyed:
+        assert plan["stages"] == 2
+    if fits:
+        assert plan["held"] == 1
+
+
+@pytest.mark.parametrize("other", [{"queries": 4}, {"queries": 17}, {"dtype_bytes": 4}], ids=str)
+def test_backward_left_to_multiply_adds(other):
+    """All queries' terms meet in an item's gradient: a block has them all, 16 on the tensor cores."""
+    query = {"scorer": "dot", "batch": 32, "items": 729, "hidden": 768, "features": 768}
+    query |= {"queries": 16, "dtype_bytes": 2, "summed": 1}
+    assert ask("backward", H200, **query)["product"] == 1
+    assert ask("backward", H200, **{**query, **other})["product"] == 0
 
 
 def test_the_hidden_gradients_of_a_chunk_fit_in_l2():

@@ -1,7 +1,5 @@
 """Softmax pooling's CUDA kernels on the emulator: every case in pieces, outputs and gradients."""
 
-import math
-
 import pytest
 import saturated
 import torch
@@ -72,93 +70,6 @@ def test_more_queries_than_the_registers_hold(pool):
         testing.compare(QUERY, case, case.inputs(dtype), impl="native")
         assert (pool.plans[0].query_blocks, pool.plans[0].product) == (2, False)
         assert pool.plans[1].padded_queries * pool.plans[1].key_width > 32 * pool.plans[1].threads
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-@pytest.mark.parametrize(("queries", "features"), [(5, 128), (16, 136), (17, 648), (33, 1150)])
-def test_many_queries_share_the_tensor_cores(pool, queries, features, dtype):
-    """One step a warp and several, blocks of queries that are not full."""
-    shapes = {"x": (2, 37, features), "query": (1, queries, features)}
-    case = testing.Case("", shapes, {}, scale={"query": features**-0.5})
-    for pieces in (1, 2):
-        pool.device.configure(seed=queries + pieces)
-        pool.force = {"pieces": pieces, "tile": 16}
-        testing.compare(QUERY, case, case.inputs(dtype), impl="native")
-        assert (pool.plans[0].query_blocks, pool.plans[0].product) == (-(-queries // 16), True)
-
-
-@pytest.mark.parametrize(("dtype", "bits"), [(torch.bfloat16, 16), (torch.float16, 21)], ids=str)
-@pytest.mark.parametrize("size", [1e-30, 1e-6, 1.0, 3e4, 1e30])
-def test_parts_of_queries_and_weights(pool, size, dtype, bits):
-    """Neither rounding to 16 bits nor float16's range touches them: lse is in float32, and z cancels."""
-    torch.manual_seed(0)
-    pool.force = {"tile": 16}
-    for scale in (1.0, 0.01):
-        x = torch.randn(1, 40, 136).to(dtype).double()
-        query = torch.randn(1, 6, 136, dtype=torch.float64) * 0.7
-        query[..., :6] = 0  # feature m is free for pool m, which it leaves nearly 0
-        weights = (scale * query @ x.mT).softmax(-1)
-        x[..., :6] -= (weights * x[..., :6].mT).sum(-1)[:, None]
-        x = x.to(dtype)
-        z, lse = QUERY.function(
-            x=x, query=(query * size).float(), scale=scale / size, return_lse=True, impl="native"
-        )
-        assert pool.plans[0].product
-        x, rounding = x.double(), 2.0**-bits
-        terms = scale * (query.abs() @ x.mT.abs()).max().item()
-        exact = scale * query @ x.mT
-        torch.testing.assert_close(
-            lse[0].double(), exact.logsumexp(-1)[0], atol=terms * rounding + 1e-6, rtol=0
-        )
-        if scale == 0.01:  # logits have next to no error then
-            mean = (exact.softmax(-1) @ x)[0].diagonal()
-            assert mean.abs().max() < 0.01
-            torch.testing.assert_close(z[0].double().diagonal(), mean, atol=4 * rounding, rtol=0.01)
-
-
-@pytest.mark.parametrize("dtype", DTYPES[1:], ids=str)
-def test_many_weights_that_float16_rounds_away(pool, dtype):
-    """Weights of 1e-7 beside one of 1 make all of a feature that the likeliest item lacks."""
-    x = torch.randn(1, 40, 128)
-    x[..., 0] = -16.0
-    x[..., 1] = 1000.0
-    x[:, 0, :2] = 0
-    x = x.to(dtype)
-    query = torch.zeros(1, 6, 128)
-    query[..., 0] = 1
-    pool.force = {"tile": 16}
-    z = QUERY.function(x=x, query=query, scale=1.0, impl="native")
-    assert pool.plans[0].product
-    torch.testing.assert_close(
-        z[0, :, 1].double(),
-        torch.full((6,), 39e3 / (39 + math.exp(16))).double(),
-        rtol=1e-2,
-        atol=0,
-    )
-
-
-def test_large_items_keep_bfloat16s_range(pool):
-    """The power of two that float16 needs would make an infinity of a logit of 6."""
-    x, query = torch.zeros(1, 20, 128), torch.zeros(1, 6, 128)
-    x[:, 3, :2], query[..., :2] = 1e36, 3e-36
-    pool.force = {"tile": 16}
-    lse = QUERY.function(x=x.bfloat16(), query=query, scale=1.0, return_lse=True, impl="native")[1]
-    assert pool.plans[0].product
-    exact = math.log(math.exp(6) + 19)
-    torch.testing.assert_close(lse, torch.full_like(lse, exact), rtol=0.01, atol=0)
-
-
-def test_infinite_queries_beside_large_ones(pool):
-    """All logits are -inf: the power of two is that of the largest finite number."""
-    x = torch.zeros(1, 20, 128, dtype=torch.float16)
-    x[..., 0] = -1.0
-    query = torch.zeros(1, 6, 128)
-    query[..., 0], query[..., 1] = float("inf"), 1e6
-    pool.force = {"tile": 16}
-    z, lse = QUERY.function(x=x, query=query, scale=1.0, return_lse=True, impl="native")
-    assert pool.plans[0].product
-    assert (lse == float("-inf")).all()
-    assert not z.any()
 
 
 def test_too_many_features_are_the_operators_error(pool):

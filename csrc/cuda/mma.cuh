@@ -92,4 +92,12 @@ ATTNKERN_DEVICE void load_b(const Shared<T>& from, int i, int stride, FragmentB 
   b[1] = {{f.words[2], f.words[3]}};
 }
 
+// The same blocks of the transposed matrix: `from` holds columns of b as rows.
+template <class T>
+ATTNKERN_DEVICE void load_b_transposed(const Shared<T>& from, int i, int stride, FragmentB (&b)[2]) {
+  const FragmentA f = load_matrices(from, i + (lane_id() / 16 * 8 + lane_id() % 8) * stride + lane_id() / 8 % 2 * 8);
+  b[0] = {{f.words[0], f.words[1]}};
+  b[1] = {{f.words[2], f.words[3]}};
+}
+
 }  // namespace attnkern::cuda

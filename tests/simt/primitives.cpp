@@ -332,7 +332,7 @@ ATTNKERN_KERNEL(64, 1) values_kernel(Arrays a, bool) {
 ATTNKERN_HOST_DEVICE int a_at(int row, int k) { return (3 * row + 5 * k) % 7 - 3; }
 ATTNKERN_HOST_DEVICE int b_at(int k, int column) { return (2 * k + 3 * column) % 5 - 2; }
 
-// a b, a [16, 16] and b [16, 16], each warp of its own; the second has a's columns as rows.
+// a b, a [16, 16] and b [16, 16], each warp of its own; the second has columns of both as rows.
 template <class T>
 ATTNKERN_DEVICE void tensor_core(const Arrays& a, int fault, int to) {
   constexpr int stride = 24;
@@ -343,15 +343,16 @@ ATTNKERN_DEVICE void tensor_core(const Arrays& a, int fault, int to) {
   warp_sync();  // the call before was read
   for (int i = lane_id(); i < 256; i += kWarpSize) {
     const int row = i / 16, column = i % 16;
-    const int value = warp_id() == 0 ? a_at(row, column) : a_at(column, row);
-    left.store(row * stride + column, narrow<T>(static_cast<float>(value)));
-    right.store(row * stride + column, narrow<T>(static_cast<float>(b_at(row, column))));
+    const int of_a = warp_id() == 0 ? a_at(row, column) : a_at(column, row);
+    const int of_b = warp_id() == 0 ? b_at(row, column) : b_at(column, row);
+    left.store(row * stride + column, narrow<T>(static_cast<float>(of_a)));
+    right.store(row * stride + column, narrow<T>(static_cast<float>(of_b)));
   }
   if (fault != 1) warp_sync();
   const int begin = fault == 2 ? 4 : 0;
   const FragmentA f = warp_id() == 0 ? load_a(left, begin, stride) : load_a_transposed(left, begin, stride);
   FragmentB b[2];
-  load_b(right, 0, stride, b);
+  warp_id() == 0 ? load_b(right, 0, stride, b) : load_b_transposed(right, 0, stride, b);
   for (int n = 0; n < 2; ++n) {
     FragmentD d{};
     multiply_add<T>(d, f, b[n]);

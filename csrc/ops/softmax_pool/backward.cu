@@ -4,6 +4,7 @@
 
 #include "ops/softmax_pool/backward.cuh"
 #include "ops/softmax_pool/hidden.cuh"
+#include "ops/softmax_pool/many_queries_backward.cuh"
 
 namespace attnkern::softmax_pool {
 namespace {
@@ -11,25 +12,31 @@ namespace {
 // dq (held queries from `first` on) from or to the sums of this block.
 template <class Acc, class F>
 ATTNKERN_DEVICE void each_held(Acc& dq, const Sizes& n, int first, const F& f) {
-  dq.each([&](int m, int k, float& value) {
+  dq.each([&](int m, int k, auto&& value) {
     if (first + m < n.queries && k < n.hidden) f((first + m) * n.hidden + k, value);
   });
 }
+
+struct NoRows {
+  ATTNKERN_DEVICE NoRows(SharedArena&, const Plan&) {}
+};
 
 // Computes   p = softmax(l), dl = p (dp - delta), de = scale dl + dscores; dvalues = sum_m p dz and, through the
 //            scorer, dkeys (dvalues where there are none) and a block's sums of dquery, dw, db_V, db_U
 // Layout     values [B, H, N, D] or [B, H, D, N], keys likewise; dz [B, H, M, D]
 // Mapping    a block: consecutive pieces of the items, a head, all queries. Tiles of items in shared memory, two
 //            stages; a warp scores 4 items, a thread owns features of dvalues and dkeys (of 4 items) and of dquery
-// Traffic    items once, their gradients once; queries, dz and weights from L2 once a tile
+// Traffic    items once, their gradients once; queries, dz and weights from L2 once a tile, many queries once a piece
 // Numerics   float; dquery by tiles in order
+//            Many queries of 16-bit items: all five products on the tensor cores (many_queries_backward.cuh)
 template <class T, class ScorerT, int Rows>
 ATTNKERN_KERNEL(kProductThreads, 1)  // at 128 registers, for two blocks an SM, it spills up to 1128 bytes
 softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_GRID_CONSTANT const Plan plan,
                         const Sums sums, const Hidden hidden, const T* packed, const Deltas deltas) {
   constexpr bool product = std::is_same_v<ScorerT, GatedProductScorer>;
   constexpr bool gated = ScorerT::kind == Scorer::gated, dot = ScorerT::kind == Scorer::dot;
-  constexpr bool additive = ScorerT::kind == Scorer::additive, held = std::is_same_v<ScorerT, DotScorer>;
+  constexpr bool additive = ScorerT::kind == Scorer::additive, many = std::is_same_v<ScorerT, ManyQueriesScorer>;
+  constexpr bool held = std::is_same_v<ScorerT, DotScorer> || many;
   constexpr int pack = pack_size<T>();
   const Sizes& n = p.sizes;
   const int64_t block = block_index() / n.heads, head = block_index() % n.heads;
@@ -39,9 +46,9 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
   SharedArena arena;
   const Stages<T> value_tiles = take_stages<T>(arena, plan.stages, plan.tile, plan.value_width);
   const Stages<T> key_tiles = keyed ? take_stages<T>(arena, plan.stages, plan.tile, plan.key_width) : value_tiles;
-  const Shared<float> weights = arena.take<float>(plan.tile * stride), grads = arena.take<float>(plan.tile * stride);
+  const int scores = plan.tile * stride * (many ? warp_count() : 1);  // many: of every warp's features
+  const Shared<float> weights = arena.take<float>(scores), grads = arena.take<float>(scores);
   const Shared<float> units = arena.take<float>(additive || gated ? plan.tile * static_cast<int>(n.hidden) : 0);
-
   const Shared<float> by_warp = arena.take<float>(product ? warp_count() * plan.tile * stride : 0);
 
   const int groups = additive || gated ? HiddenThreads::groups_of(n.hidden, block_size()) : 1;
@@ -51,7 +58,8 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
   if (sums.db_V) g.db_V = sums.db_V + block * groups * n.hidden;
   if (sums.db_U) g.db_U = sums.db_U + block * groups * n.hidden;
 
-  Accumulator<T, Rows> dq;
+  std::conditional_t<many, ManyRows<T>, NoRows> rows(arena, plan);
+  std::conditional_t<many, ManySums<T, false>, Accumulator<T, Rows>> dq;
   if constexpr (held) dq.start(stride, plan.key_width);
 
   const int64_t begin = hidden.first + block * plan.block_units, rest = hidden.last - begin;
@@ -78,6 +86,9 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
 
     int stage = 0;
     block_sync();  // the tiles of the unit before were read
+    if constexpr (many)
+      rows.load(matrix<4, float>(row_of(p.query, piece.sample, head, 0), p.query.stride_query, queries, n.hidden),
+                dz.data, dz.features);
     start_tile(piece.begin, 0);
     for (int64_t item = piece.begin; item < piece.end; item += plan.tile, stage ^= plan.stages - 1) {
       async_wait();
@@ -98,10 +109,12 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
           ScorerT::score(view, packed, by_warp, keep);
         else
           ScorerT::template score<T>(view, keep);
+      } else if constexpr (many) {
+        rows.score(x, keys, weights, grads);
       } else {
         ScorerT::template score<Rows>(view);
       }
-      sum_features<Rows>(x, dz, [&](int t, int m, float dp) { grads.store(t * stride + m, dp); });
+      if constexpr (!many) sum_features<Rows>(x, dz, [&](int t, int m, float dp) { grads.store(t * stride + m, dp); });
       block_sync();
 
       for (int m = warp_id(); m < stride; m += warp_count()) {
@@ -141,7 +154,7 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
             dq.start(stride - first < most ? stride - first : most, plan.key_width, false);
             each_held(dq, n, first, [&](int64_t i, float& value) { value = load_global(g.dquery + i); });
             dq.add(keys, grads.slice(first, grads.count - first), stride, plainly);
-            each_held(dq, n, first, [&](int64_t i, float& value) { store_global(g.dquery + i, value); });
+            each_held(dq, n, first, [&](int64_t i, float value) { store_global(g.dquery + i, value); });
           }
         }
       }
@@ -154,42 +167,24 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
                        narrow<T>(weights.load(i / queries * stride + i % queries)));
         }
       }
+      if constexpr (!gated) {  // whose dvalues wait for the products with V and U
+        const Span<T*> dvalues = span_of<T>(p.dvalues, batch, head, n.features);
+        const Span<T*> dkeys = span_of<T>(p.dkeys, batch, head, n.hidden);
+        block_sync();  // x and the keys were read: their gradients take their place
+        if constexpr (many) {
+          if (dvalues.data) rows.put_gradients(x, true, !keyed, weights, grads);
+          if (keyed && dkeys.data) rows.put_gradients(keys, false, true, weights, grads);
+        } else {
+          put_gradients<ScorerT>(g, view, dz);
+        }
+        block_sync();
+        if (dvalues.data) put(x, dvalues, item, view.count);
+        if (keyed && dkeys.data) put(keys, dkeys, item, view.count);
+      }
       if (plan.stages == 1) {
         block_sync();  // the only tile was read
         start_tile(item + plan.tile, 0);
       }
-      if constexpr (gated) continue;  // dvalues wait for the products with V and U
-
-      const Span<T*> dvalues = span_of<T>(p.dvalues, batch, head, n.features);
-      const Span<T*> dkeys = span_of<T>(p.dkeys, batch, head, n.hidden);
-      block_sync();  // x and the keys were read: their gradients take their place
-      // dkeys (or their part of dvalues) of 4 items and a pack of features
-      const auto add_dkeys = [&](RowSum<T>& sum, int t, int k) {
-        if constexpr (dot) sum.add(grads, stride, t, view.template query_matrix<pack>(), k);
-        if constexpr (additive) {
-#pragma unroll
-          for (int i = 0; i < kItemBlock; ++i)
-#pragma unroll
-            for (int v = 0; v < pack; ++v)
-              if (k + v < n.hidden) sum.sum[i][v] += units.load((t + i) * static_cast<int>(n.hidden) + k + v);
-        }
-      };
-      if (dvalues.data)
-        each_block(x, [&](int t, int d) {
-          RowSum<T> sum;
-          sum.add(weights, stride, t, dz, d);
-          if (!keyed) add_dkeys(sum, t, d);
-          sum.store(x, t, d);
-        });
-      if (keyed && dkeys.data)
-        each_block(keys, [&](int t, int k) {
-          RowSum<T> sum;
-          add_dkeys(sum, t, k);
-          sum.store(keys, t, k);
-        });
-      block_sync();
-      if (dvalues.data) put(x, dvalues, item, view.count);
-      if (keyed && dkeys.data) put(keys, dkeys, item, view.count);
     }
     async_wait();
 
@@ -197,7 +192,7 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
       if (p.dquery && (!shared_query || unit + 1 == end)) {
         block_sync();  // the tiles' memory carries the groups' sums
         dq.merge_groups(Shared<float>::at(0, dq.groups > 1 ? dq.slots * Rows * pack : 0));
-        each_held(dq, n, 0, [&](int64_t i, float& value) { store_global(g.dquery + i, value); });
+        each_held(dq, n, 0, [&](int64_t i, float value) { store_global(g.dquery + i, value); });
         dq.clear();
       }
   }
@@ -368,6 +363,10 @@ Status launch_backward_cuda(const BackwardParams& p, const Plan& plan, void* str
       const LaunchConfig config{plan.grid, plan.threads, plan.shared_bytes};
       const Hidden all{0, plan.units};
       const T* const packed = nullptr;
+      if constexpr (std::is_same_v<S, DotScorer> && sizeof(T) == 2)
+        if (plan.product)
+          return launch(softmax_pool_bwd_kernel<T, ManyQueriesScorer, kManyQueries>, config, stream, p, plan, c.sums,
+                        all, packed, c.deltas);
       if constexpr (!std::is_same_v<S, DotManyScorer>)
         if (plan.padded_queries == 1)
           return launch(softmax_pool_bwd_kernel<T, S, 1>, config, stream, p, plan, c.sums, all, packed, c.deltas);

@@ -115,6 +115,38 @@ ATTNKERN_DEVICE void add_gated(const Gradient<T>& g, const View<T>& v, const Sha
   });
 }
 
+// The gradients of items, and of keys where they are apart, take their place: p dz and the scorer's, of 4 items and a
+// pack of features by a thread.
+template <class ScorerT, class T>
+ATTNKERN_DEVICE void put_gradients(const Gradient<T>& g, const View<T>& v, const Matrix<T>& dz) {
+  constexpr int pack = pack_size<T>();
+  const bool keyed = g.p.keys.data != nullptr;
+  const int hidden = static_cast<int>(g.p.sizes.hidden);
+  const auto add_dkeys = [&](RowSum<T>& sum, int t, int k) {
+    if constexpr (ScorerT::kind == Scorer::dot) sum.add(g.de, v.stride, t, v.template query_matrix<pack>(), k);
+    if constexpr (ScorerT::kind == Scorer::additive) {
+#pragma unroll
+      for (int i = 0; i < kItemBlock; ++i)
+#pragma unroll
+        for (int u = 0; u < pack; ++u)
+          if (k + u < hidden) sum.sum[i][u] += g.dkeys.load((t + i) * hidden + k + u);
+    }
+  };
+  if (g.p.dvalues.data)
+    each_block(v.x, [&](int t, int d) {
+      RowSum<T> sum;
+      sum.add(g.weights, v.stride, t, dz, d);
+      if (!keyed) add_dkeys(sum, t, d);
+      sum.store(v.x, t, d);
+    });
+  if (keyed && g.p.dkeys.data)
+    each_block(v.keys, [&](int t, int k) {
+      RowSum<T> sum;
+      add_dkeys(sum, t, k);
+      sum.store(v.keys, t, k);
+    });
+}
+
 constexpr int kDeltaThreads = 256;
 
 // dl = p (dz . v - delta) of a row's items, but p left of its peak (params.h).

@@ -85,7 +85,7 @@ softmax_pool_fwd_kernel(ATTNKERN_GRID_CONSTANT const ForwardParams p, ATTNKERN_G
     async_commit();
   };
 
-  std::conditional_t<many, ManySums<T>, Accumulator<T, Queries>> z;
+  std::conditional_t<many, ManySums<T, true>, Accumulator<T, Queries>> z;
   z.start(stride, plan.value_width);
   std::conditional_t<many, ManyQueries<T>, Nothing> parts;
   if constexpr (many)

@@ -23,6 +23,8 @@ int64_t row_bytes(const Problem& p, int64_t width) { return ((width / pack_of(p)
 
 int64_t array_bytes(int64_t floats) { return round_up(4 * floats, 16); }
 
+bool many(const Problem& p, const Plan& plan) { return plan.product && p.scorer == Scorer::dot; }
+
 // Of a block; its groups of threads hand sums over in the memory of its tiles.
 int64_t shared_bytes(const Problem& p, const Plan& plan, int64_t tile) {
   const int64_t items =
@@ -31,6 +33,10 @@ int64_t shared_bytes(const Problem& p, const Plan& plan, int64_t tile) {
   const int64_t rows = plan.padded_queries, handed = array_bytes(int64_t{plan.threads} * 4 * pack_of(p));
   if (p.direction == Direction::forward)
     return 3 * array_bytes(rows) + std::max(items + array_bytes(tile * rows) + by_warp, handed);
+  if (many(p, plan)) {  // two parts of the queries, dz, powers of two, sums of every warp
+    const int64_t operands = kManyQueries * (2 * row_bytes(p, plan.key_width) + row_bytes(p, plan.value_width));
+    return items + operands + array_bytes(kManyQueries) + 2 * by_warp;
+  }
   const bool layered = p.scorer == Scorer::additive || p.scorer == Scorer::gated;
   return std::max(items + 2 * array_bytes(tile * rows) + (layered ? array_bytes(tile * p.sizes.hidden) : 0) + by_warp,
                   handed);
@@ -85,22 +91,26 @@ void choose_tile(const Problem& p, Plan& plan, const cuda::DeviceProperties& dev
   const bool two = p.direction == Direction::forward && !plan.product && shared_bytes(p, plan, plan.tile) <= half;
   const int64_t limit = two ? half : whole;
   plan.blocks_per_sm = two && plan.threads < kMostThreads ? 2 : 1;
+  if (plan.product && shared_bytes(p, plan, plan.tile) > whole) plan.stages = 1;
   while (plan.tile < kMostItems && shared_bytes(p, plan, 2 * plan.tile) <= limit && plan.tile < p.sizes.items)
     plan.tile *= 2;
 }
 
-// Takes the tensor cores for 16-bit items, where a tile of 16 of them fits: for the gated scorer, and forward for the
-// scores and sums of many queries.
+// Takes the tensor cores for 16-bit items, where a tile of 16 of them fits: for the gated scorer, and for the scores
+// and sums of many queries. Backward only of a single block of these, for all queries' terms meet in an item's
+// gradient.
 void take_product(const Problem& p, Plan& plan, const cuda::DeviceProperties& device) {
   if (p.dtype_bytes != 2) return;
   Plan with = plan;
   with.product = true;
-  with.stages = p.scorer == Scorer::gated ? 1 : 2;  // at least
+  const bool backward = p.direction == Direction::backward;
+  with.stages = p.scorer == Scorer::gated || backward ? 1 : 2;  // at least
   if (p.scorer == Scorer::gated) {
     if (plan.padded_queries > kProductQueries || plan.threads != kProductThreads) return;
     with.value_width = with.key_width = static_cast<int>(round_up(p.sizes.features, 32));
   } else {
-    if (p.scorer != Scorer::dot || p.direction == Direction::backward || p.sizes.queries <= kFewQueries) return;
+    if (p.scorer != Scorer::dot || p.sizes.queries <= kFewQueries) return;
+    if (backward && p.sizes.queries > kManyQueries) return;
     with.value_width = static_cast<int>(round_up(p.sizes.features, kManyStep));
     with.key_width = p.keyed ? static_cast<int>(round_up(p.sizes.hidden, kManyStep)) : with.value_width;
     with.threads = kProductThreads;
@@ -109,6 +119,7 @@ void take_product(const Problem& p, Plan& plan, const cuda::DeviceProperties& de
     if (least < features || most > kManySteps * features) return;
     with.block_queries = with.padded_queries = kManyQueries;
     with.query_blocks = static_cast<int>(ceil_div(p.sizes.queries, kManyQueries));
+    with.held = true;
   }
   if (shared_bytes(p, with, 16) <= device.shared_bytes_per_block) plan = with;
 }

@@ -38,7 +38,7 @@ struct Force {
 // takes a piece, a head and a block of queries, and streams the piece through shared memory in tiles.
 struct Plan {
   int threads;
-  bool product;     // on the tensor cores: the gated scorer, or forward's many queries
+  bool product;     // on the tensor cores: the gated scorer, or many queries
   bool held;        // a block's registers hold its sums of dquery from tile to tile
   int stages;       // tiles in shared memory
   int tile;         // items of one

@@ -8,9 +8,10 @@ namespace attnkern::softmax_pool {
 
 constexpr int kItemBlock = 4;  // items that share what is read of a matrix
 
+template <int Width = kWarpSize>
 ATTNKERN_DEVICE float group_max(float value) {
 #pragma unroll
-  for (int mask = kWarpSize / 2; mask > 0; mask /= 2) {
+  for (int mask = Width / 2; mask > 0; mask /= 2) {
     const float other = shuffle_xor(value, mask);
     value = other > value ? other : value;
   }
