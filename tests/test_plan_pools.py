@@ -33,6 +33,8 @@ def check_limits(plan, device, query):
     assert 4 <= plan["tile"] <= 64
     assert plan["length"] % plan["tile"] == 0
     assert plan["block_queries"] * plan["query_blocks"] >= query["queries"]
+    # sums of an own query end with its unit: dot's registers hold them to the end of a block
+    assert plan["block_units"] == 1 or query.get("summed")
     assert 1 <= plan["chunk_units"] <= max(plan["units"], 1)
     if query.get("ragged"):
         # a bag's end and a multiple of `length` each begin a unit

@@ -111,6 +111,18 @@ def test_a_gradient_alone_has_the_same_bits(pool, call):
         assert products(pool) == [True, True]
 
 
+@pytest.mark.parametrize("dtype", DTYPES[:2], ids=str)
+@pytest.mark.parametrize(("queries", "units"), [(1, 6), (6, 1)], ids=["shared", "own"])
+def test_units_of_a_block_share_their_query(pool, queries, units, dtype):
+    """Registers hold the sums of dquery to the end of a block: one processor must not give it two own queries."""
+    pool.device.configure(sms=1)
+    pool.force = None
+    small = case("", {"x": (6, 9, 136), "query": (queries, 5, 136)})
+    testing.compare(QUERY, small, small.inputs(dtype), impl="native")
+    assert pool.plans[-1].block_units == units
+    assert products(pool) == [dtype != torch.float32] * 2
+
+
 def test_one_tile_at_a_time(pool):
     """Where shared memory holds no two, the next comes after the gradients of this one have left."""
     shapes = {"x": (2, 37, 136), "query": (1, 5, 136)}

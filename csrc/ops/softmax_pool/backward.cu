@@ -71,7 +71,7 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
     const Span<const T*> key_items = keyed ? span_of<T>(p.keys, batch, head, n.hidden) : value_items;
     const Matrix<T> dz =
         matrix<pack, T>(static_cast<const T*>(p.dz) + row * n.features, n.features, n.queries, n.features);
-    if (sums.dquery)
+    if (sums.dquery)  // dot: the units of a block share the query, whose sums outlast them
       g.dquery = sums.dquery + ((shared_query ? block : unit) * n.heads + head) * groups * n.queries * n.hidden;
     const auto count_of = [&](int64_t item) {
       return static_cast<int>(piece.end - item < plan.tile ? piece.end - item : plan.tile);
@@ -187,15 +187,13 @@ softmax_pool_bwd_kernel(ATTNKERN_GRID_CONSTANT const BackwardParams p, ATTNKERN_
       }
     }
     async_wait();
-
-    if constexpr (held)
-      if (p.dquery && (!shared_query || unit + 1 == end)) {
-        block_sync();  // the tiles' memory carries the groups' sums
-        dq.merge_groups(Shared<float>::at(0, dq.groups > 1 ? dq.slots * Rows * pack : 0));
-        each_held(dq, n, 0, [&](int64_t i, float value) { store_global(g.dquery + i, value); });
-        dq.clear();
-      }
   }
+  if constexpr (held)
+    if (p.dquery) {
+      block_sync();  // the tiles' memory carries the groups' sums
+      dq.merge_groups(Shared<float>::at(0, dq.groups > 1 ? dq.slots * Rows * pack : 0));
+      each_held(dq, n, 0, [&](int64_t i, float value) { store_global(g.dquery + i, value); });
+    }
 }
 
 // ------------------------------------------------------------------ launchers

@@ -157,10 +157,6 @@ struct ManySums {
   int width;
 
   ATTNKERN_DEVICE void start(int, int features) { width = features; }
-  ATTNKERN_DEVICE void clear() {
-#pragma unroll
-    for (auto& step : sum) step[0] = step[1] = {};
-  }
 
   // The sum of 16 items is made apart: tensor cores truncate what they add to. (That of a tile spilled 12 bytes.)
   template <class Factor>

@@ -126,9 +126,6 @@ struct Accumulator {
     groups = grouped && slots < block_size() ? block_size() / slots : 1;
     group = groups > 1 ? thread_index() / slots : 0;
     first = groups > 1 ? thread_index() % slots : thread_index();
-    clear();
-  }
-  ATTNKERN_DEVICE void clear() {
     each([](int, int, float& v) { v = 0.0f; }, true);
   }
 
