@@ -276,6 +276,32 @@ def test_dry_run_optimize_twice_and_restore(name, served):
     assert all(torch.equal(a, b) for a, b in zip(gradients(model, maps), want, strict=True))
 
 
+def shared_layer():
+    model = settle(copied.Attention_block(6, 6, 4))
+    model.W_x[0] = model.W_g[0]
+    return model
+
+
+def tied_weight():
+    model = settle(copied.Attention_block(6, 6, 4))
+    model.W_x[0].weight = model.W_g[0].weight
+    return model
+
+
+@pytest.mark.parametrize("make", [shared_layer, tied_weight])
+def test_the_trial_leaves_shared_tensors_as_they_were(make, served):
+    model = make().eval()
+    tensors = {name: (t, t.clone()) for name, t in model.state_dict(keep_vars=True).items()}
+    twin = optimized(model)
+    attnkern.optimize(model, dry_run=True)
+    now = model.state_dict(keep_vars=True)
+    assert all(now[name] is t and torch.equal(t, was) for name, (t, was) in tensors.items())
+    maps = [torch.randn(2, 6, 4, 5) for _ in range(2)]
+    served.clear()
+    close(gradients(twin, maps), gradients(model, maps))
+    assert served
+
+
 @pytest.mark.parametrize("name", [n for n in BLOCKS if not n.startswith("torr")])
 def test_copies_are_optimized_and_use_their_own_parameters(name, served):
     model, maps = block(name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import math
 from collections.abc import Callable
 from typing import Any
@@ -51,28 +52,30 @@ def agrees(
 ) -> bool:
     """Whether the method computes what ``ours`` does, in float64 with random parameters, in eval mode."""
     generator = torch.Generator().manual_seed(0)
+
+    def noise(t: Tensor) -> Tensor:
+        options: Any = {"generator": generator, "dtype": torch.float64, "device": "cpu"}
+        if isinstance(t, nn.Parameter):
+            fan_in = max(1, math.prod(t.shape[1:] or t.shape))
+            return torch.randn(t.shape, **options) / fan_in**0.5
+        return torch.rand(t.shape, **options) + 0.5  # positive, as a running variance is
+
     trial = _Trial(module)
+    drawn: dict[Tensor, Tensor] = {}  # tied tensors are one
     state: dict[str, Tensor] = {}
-    for name, t in trial.named_parameters():
-        values = torch.randn(t.shape, generator=generator, dtype=torch.float64, device="cpu")
-        state[name] = values / max(1, math.prod(t.shape[1:] or t.shape)) ** 0.5
-    for name, buffer in trial.named_buffers():
-        if buffer.is_floating_point():  # positive, as a running variance is
-            values = torch.rand(
-                buffer.shape, generator=generator, dtype=torch.float64, device="cpu"
-            )
-            state[name] = values + 0.5
+    for prefix, layer in trial.named_modules():  # a shared layer by one of its names
+        for name, t in (*layer._parameters.items(), *layer._buffers.items()):
+            if t is not None and t.is_floating_point():
+                state[f"{prefix}.{name}"] = drawn.setdefault(t, noise(t))
+    # untied: else it swaps the tensors of a shared layer twice, and leaves ours in it
+    run = functools.partial(torch.func.functional_call, trial, state, tie_weights=False)
     modes = [(m, m.training) for m in module.modules()]
     try:
         for m, _ in modes:
             m.training = False
         with torch.no_grad(), torch.autocast("cpu", enabled=False):
-            want = torch.func.functional_call(
-                trial, state, (getattr(type(module), method), *inputs)
-            )
-            got = torch.func.functional_call(
-                trial, state, (lambda m, *x: ours(m, *x, impl="reference"), *inputs)
-            )
+            want = run((getattr(type(module), method), *inputs))
+            got = run((lambda m, *x: ours(m, *x, impl="reference"), *inputs))
     except Exception:  # whatever it computes, it is not what was looked for
         return False
     finally:
