@@ -233,6 +233,23 @@ def test_low_precision_statistics_are_rounded_once(target, dtype, momentum):
         assert error <= 2 * (allowed + torch.finfo(dtype).eps * exact.abs().max())
 
 
+def test_a_batch_may_train_between_an_evaluation_and_its_backward(target):
+    """With the statistics that the evaluation had."""
+    tensors = {k: v.to(target.device).requires_grad_() for k, v in _gate().items()}
+    norms = {k: BatchNorm(*(t.to(target.device) for t in n[:4])) for k, n in _norms(7).items()}
+    leaves = [*tensors.values(), *(t.requires_grad_() for n in norms.values() for t in n[2:4])]
+
+    def loss():
+        return attention_gate(**tensors, **norms, impl=target.impl).square().sum()
+
+    want = torch.autograd.grad(loss(), leaves)
+    late, before = loss(), norms["phi_norm"].running_var.clone()
+    training = {k: n._replace(training=True) for k, n in norms.items()}
+    attention_gate(**tensors, **training, impl=target.impl)
+    assert not torch.equal(norms["phi_norm"].running_var, before)
+    assert all(map(torch.equal, torch.autograd.grad(late, leaves), want))
+
+
 def test_a_bias_under_statistics_of_the_batch_has_gradient_zero(target):
     tensors = {k: v.to(target.device).requires_grad_() for k, v in _gate().items()}
     norms = {

@@ -295,7 +295,9 @@ class _Fold(torch.autograd.Function):
     def forward(ctx: Any, impl: str, eps: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
         folded, shift, _ = gate_norm_fwd[impl](*tensors, eps)
         ctx.eps = eps
-        ctx.save_for_backward(*tensors)
+        # copies: a batch that trains may move the running statistics before backward
+        statistics = (t if t is None or t.requires_grad else t.clone() for t in tensors[4:])
+        ctx.save_for_backward(*tensors[:4], *statistics)
         return folded, shift
 
     @staticmethod
