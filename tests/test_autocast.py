@@ -64,14 +64,19 @@ def test_pools_lower_their_items_as_attention_does(call, target, x_dtype):
 
 
 @pytest.mark.parametrize("x_dtype", [torch.float32, torch.bfloat16], ids=str)
-@pytest.mark.parametrize("call", calls("monai", "monai_training", "oktay", "out"), ids=str)
+@pytest.mark.parametrize(
+    "call",
+    calls("monai", "monai_training", "oktay", "out", "target_g_norm", "target_g_coarse"),
+    ids=str,
+)
 def test_gates_keep_the_dtype_of_what_they_multiply(call, target, x_dtype):
-    """Eager lowers the convolutions alone, and alpha is promoted to x's dtype; here nothing is lowered."""
+    """Eager lowers the convolutions alone, and alpha is promoted to its target's dtype; here nothing is lowered."""
+    other = "x" if call.case.options.get("target") == "g" else "g"
     for cast in _dtypes(target):
         leaves = call.inputs(target, x_dtype, weight_dtype=torch.float32, requires_grad=True)
         with torch.autocast(target.device, dtype=cast):
             y = testing.as_tuple(call.run(target, leaves))[0]
-            alone = testing.as_tuple(call.run(target, {**leaves, "g": leaves["g"].to(cast)}))[0]
+            alone = testing.as_tuple(call.run(target, {**leaves, other: leaves[other].to(cast)}))[0]
         assert y.dtype == alone.dtype == x_dtype
         assert torch.equal(y, testing.as_tuple(call.run(target, leaves))[0])
         y.float().square().sum().backward()

@@ -329,6 +329,7 @@ def test_repr_names_sizes_and_options():
         ({"spatial_dims": 2.0}, "spatial_dims must be 1, 2 or 3, got 2.0"),
         ({"gating_channels": 1.5}, "gating_channels must be an int of at least 1, got 1.5"),
         ({"act": "gelu"}, "act must be one of relu, leaky_relu, softplus, got 'gelu'"),
+        ({"act_slope": -1}, "act_slope must be at least 0, got -1"),
         ({"gate": "tanh"}, "gate must be one of sigmoid, softmax"),
         ({"upsample": "trilinear"}, "upsample must be one of None, nearest, bilinear, got 'tri"),
         ({"target": "y"}, "target must be one of x, g"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import itertools
 
 import pytest
@@ -13,7 +14,7 @@ from torch import nn
 from attnkern import _native
 from attnkern._checks import DTYPES
 from attnkern.functional import BatchNorm, attention_gate
-from attnkern.ops.attention_gate import cases, op, reference
+from attnkern.ops.attention_gate import cases, functions, op, reference
 from attnkern.ops.attention_gate.resample import taps
 from attnkern.testing import as_tuple, noise_like, run
 
@@ -231,6 +232,33 @@ def test_low_precision_statistics_are_rounded_once(target, dtype, momentum):
     for ours, torchs, exact in zip(got[:2], norm.buffers(), wide.buffers(), strict=False):
         error, allowed = ((t.double() - exact).abs().max() for t in (ours, torchs))
         assert error <= 2 * (allowed + torch.finfo(dtype).eps * exact.abs().max())
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16], ids=str)
+def test_float32_norms_beside_maps_of_16_bits_err_as_torchs(dtype):
+    """A map far from zero, whose gradients cancel: RMS of 50, which scatters by some 20 %."""
+    generator = torch.Generator().manual_seed(0)
+    noise = functools.partial(torch.randn, generator=generator)
+    errors = torch.zeros(2, 3, dtype=torch.float64)
+
+    def gradients(norm, dy, *leaves):
+        leaves = [t.detach().requires_grad_() for t in leaves]
+        return torch.autograd.grad(norm(*leaves), leaves, dy)
+
+    def torchs(t, gamma, beta):
+        return F.batch_norm(t, None, None, gamma, beta, True)
+
+    def ours(t, gamma, beta):
+        return functions._batch_norm(t, BatchNorm(None, None, gamma, beta, training=True))
+
+    for _ in range(50):
+        maps = [(noise(4, 5, 7, 9) + shift).to(dtype) for shift in (0, 5)]
+        given = [*maps, noise(5), noise(5)]
+        exact = gradients(torchs, *(t.double() for t in given))
+        for row, norm in zip(errors, (ours, torchs), strict=True):
+            got = gradients(norm, *given)
+            row += torch.stack([(a - b).square().mean() for a, b in zip(got, exact, strict=True)])
+    assert (errors[0] <= 1.2**2 * errors[1]).all(), (errors[0] / errors[1]).sqrt()
 
 
 def test_a_batch_may_train_between_an_evaluation_and_its_backward(target):

@@ -12,12 +12,7 @@ from torch import Tensor
 from attnkern import _autocast
 from attnkern.ops.attention_gate import checks, op
 from attnkern.ops.attention_gate.norm import BatchNorm, in_dtype, of_no_samples, track
-from attnkern.ops.attention_gate.reference import (
-    Inputs,
-    Options,
-    accumulation_dtype,
-    coefficients,
-)
+from attnkern.ops.attention_gate.reference import Inputs, Options, accumulation_dtype
 from attnkern.ops.attention_gate.resample import taps
 
 
@@ -55,8 +50,9 @@ def attention_gate(
     Args:
         x: [B, C, *spatial], the skip connection, with one to three spatial dims; float32, bfloat16,
             float16, or float64 (CPU).  Contiguous and channels_last maps are read in place.
-        g: [B, G, *spatial], the gating signal, in x's dtype; on theta's grid, or on any with
-            ``upsample``.  Where its memory format is not x's it is copied once.
+        g: [B, G, *spatial], the gating signal, in x's dtype (under autocast both are taken in that of
+            the target); on theta's grid, or on any with ``upsample``.  Where its memory format is not
+            x's it is copied once.
         theta_weight: [F, C] or [F, C, 1, ...], as ``nn.Linear`` or a 1x1 convolution stores it, or
             [F, C, *kernel]: a convolution whose stride is its kernel, which puts the gate on a coarser
             grid of floor(size / kernel) positions.  Weights have x's dtype or float32.
@@ -74,11 +70,12 @@ def attention_gate(
         align_corners: as in ``F.interpolate``; without effect for nearest.
         target: the map that alpha multiplies, x or g.
         out_weight, out_bias: a 1x1 convolution [O, C] of y, or None; ``out_norm``: its `BatchNorm`.
-        return_alpha: also return alpha [B, 1, *spatial] on theta's grid and on the target's, in x's dtype.
+        return_alpha: also return alpha [B, 1, *spatial] on theta's grid and on the target's, in its dtype.
         impl: auto, native, triton or reference; an explicit choice never falls back.
 
     Returns:
-        y in the target's shape, dtype and memory format (with O channels after ``out_weight``);
+        y in the target's shape, dtype and memory format (x's for a g that was copied), with O channels
+        after ``out_weight``;
         ``(y, alpha, alpha_full)`` with ``return_alpha``.
 
     Raises:
@@ -95,7 +92,8 @@ def attention_gate(
     torch.Size([2, 16, 32, 32])
     """
     if isinstance(x, Tensor) and isinstance(g, Tensor) and _autocast.enabled(x):
-        g = g.to(x.dtype)  # as torch promotes alpha to x's dtype
+        # as torch promotes alpha to the dtype of the map that it multiplies
+        x, g = (x.to(g.dtype), g) if target == "g" else (x, g.to(x.dtype))
     kernel, impl = checks.admit(
         *(impl, x, g),
         checks.Weights(
@@ -279,16 +277,15 @@ def _batch_norm(t: Tensor, norm: BatchNorm, bias: Tensor | None = None) -> Tenso
         t = t + bias.to(t.dtype).view(-1, *(1,) * (t.dim() - 2))
     given, momentum, eps = norm[:4], norm.momentum, norm.eps
     if all(p is None or p.dtype == t.dtype for p in given):
-        return F.batch_norm(t, *given, norm.training or norm.running_mean is None, momentum, eps)
+        return F.batch_norm(t, *given, True, momentum, eps)
     # parameters of another precision, which F.batch_norm takes in some combinations only
-    dims = [d for d in range(t.dim()) if d != 1]
     acc = accumulation_dtype(t.dtype)
-    var, mean = torch.var_mean(t.to(acc), dims, correction=0)
-    gamma, beta = (in_dtype(p, acc) for p in norm[2:4])
-    scale, shift = coefficients(None, gamma, beta, mean, var, eps)
-    track((norm,), ((mean, var),), (None,), t.numel() // t.shape[1])
-    shape = (-1, *(1,) * (t.dim() - 2))
-    return (t * scale.view(shape) + shift.view(shape)).to(t.dtype)
+    mean, var, gamma, beta = (in_dtype(p, acc) for p in given)
+    y = F.batch_norm(in_dtype(t, acc), mean, var, gamma, beta, True, momentum, eps)
+    for running, moved in zip(given[:2], (mean, var), strict=True):
+        if running is not None and running is not moved:
+            running.copy_(moved)
+    return in_dtype(y, t.dtype)
 
 
 def _cancelled(norm: BatchNorm, bias: Tensor) -> tuple[BatchNorm, Tensor]:

@@ -169,6 +169,7 @@ class AttentionGate(nn.Module):
                 _checks.fail(
                     name, argument, f"be one of {', '.join(map(str, choices))}", repr(value)
                 )
+        _checks.number(name, "act_slope", act_slope, minimum=0)
         factory: dict[str, Any] = {"device": device, "dtype": dtype}
         conv, bn = _LAYERS[spatial_dims]
         self.theta = conv(channels, hidden, kernel, kernel, bias=theta_bias, **factory)
