@@ -341,6 +341,14 @@ def test_bad_arguments_name_themselves(options, message):
         AttentionGate(6, **options)
 
 
+def test_a_gate_may_stand_twice():
+    block = MultiAttentionGate(6, 8).eval()
+    block.gate_block_2 = block.gate_block_1
+    x, g = (t.float() for t in maps(2))
+    twice = torch.cat([block.gate_block_1(x, g)] * 2, 1)
+    torch.testing.assert_close(block(x, g), block.combine_gates(twice))
+
+
 def test_two_gates_name_their_number():
     with pytest.raises(ValueError, match="MultiAttentionGate: gates must be an int of at least 1"):
         MultiAttentionGate(6, gates=0)

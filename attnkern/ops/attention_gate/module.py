@@ -313,10 +313,11 @@ class MultiAttentionGate(nn.Module):
         self.combine_gates = nn.Sequential(joint, bn(width, **factory), nn.ReLU(inplace=True))
 
     def forward(self, x: Tensor, g: Tensor) -> Any:
-        return _side_by_side(*self.children(), maps=(x, g))
+        # not children(), which has a shared gate once
+        return _side_by_side(*self._modules.values(), maps=(x, g))
 
 
-def _side_by_side(*parts: nn.Module, maps: tuple[Tensor, Tensor]) -> Any:
+def _side_by_side(*parts: Any, maps: tuple[Tensor, Tensor]) -> Any:
     *gates, combine = parts
     results = [gate(*maps) for gate in gates]
     if isinstance(results[0], Tensor):
