@@ -254,6 +254,9 @@ class TorchmilLinear(nn.Module):
         return self.module(x)
 
 
+TorchmilLinear.__module__, TorchmilLinear.__qualname__ = "torchmil.nn.utils", "LazyLinear"
+
+
 def masked_softmax(f, mask):
     return F.softmax(f.masked_fill(mask == 0, float("-inf")), dim=1)
 

@@ -228,6 +228,12 @@ def test_kept_keys_die_with_the_items_and_with_the_module():
     assert len(_keys._kept) < before
 
 
+def test_nothing_is_kept_or_found_while_a_cuda_graph_is_captured(monkeypatch):
+    """Keys from before the capture would be those of every replay."""
+    monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    assert not _keys._countable(types.SimpleNamespace(is_cuda=True))
+
+
 @pytest.mark.parametrize("mode", ["inference", "autocast", "vmap", "functional"])
 def test_nothing_is_kept_where_changes_cannot_be_seen(mode, projections):
     model, optimized, x, h = attention()

@@ -18,7 +18,7 @@ from attnkern._activations import qualified_name
 from attnkern._layers import weight_and_bias, whole_patches
 from attnkern._reading import kept
 from attnkern.integrations._children import altered, inlinable, refuse_child, say_refused
-from attnkern.integrations._structure import SHARDED
+from attnkern.integrations._structure import SHARDED, by_name
 from attnkern.ops.attention_gate.module import batch_norm, gated, synchronised
 from attnkern.ops.attention_gate.reference import ACTS
 
@@ -220,13 +220,6 @@ def call(a: Any, x: Tensor, g: Tensor, impl: str, **options: Any) -> Any:
     return gated(x, g, **a.weights, **norms, **a.options, impl=impl, **options)
 
 
-def by_name(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
-    """A call's arguments in the order in which the module's class takes them."""
-    code = type(module).forward.__code__
-    names = code.co_varnames[1 : code.co_argcount][len(given) :][: len(named)]
-    return (*given, *(named[name] for name in names)) if {*names} == {*named} else ()
-
-
 # ------------------------------------------------------------------ MONAI's block, and the one it follows
 
 ADDITIVE = "W_g W_x relu psi"
@@ -245,7 +238,7 @@ def read_additive(m: Any) -> Arguments | str:
 
 def additive(module: Any, *given: Any, impl: str, **named: Any) -> Any:
     """forward(g, x)"""
-    maps = by_name(module, given, named) if named else given
+    maps = by_name(module, given, named)
     arguments = kept(module, read_additive, ("W_x", "W_g", "psi", "relu"))
     if len(maps) == 2 and ready(module, arguments, *maps[::-1]):
         return call(arguments, *maps[::-1], impl)

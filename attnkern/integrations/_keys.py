@@ -6,6 +6,9 @@ while nothing that went into it has changed: the items' memory and version, the 
 Only values are kept.  Every step differentiates the projection for itself, so that any part of a
 graph may be freed, checkpointed or differentiated twice; backward also forgets the values, since an
 optimizer that writes past the version counters comes after one.
+
+Between two calls with the same items, without a backward, such writes are not seen: through ``.data``
+(averaged weights copied in, say), by numpy, or by a CUDA graph that is replayed into the items.
 """
 
 from __future__ import annotations
@@ -65,10 +68,11 @@ class _Project(torch.autograd.Function):
 
 
 def _countable(x: Tensor, *weights: Tensor | None) -> bool:
-    """Eager code on plain tensors that count their versions, outside autocast."""
+    """Eager code on plain tensors that count their versions, outside autocast and CUDA graphs."""
     return not (
         torch.compiler.is_compiling()
         or torch.jit.is_tracing()
+        or (x.is_cuda and torch.cuda.is_current_stream_capturing())
         or _select.transforming()
         or _autocast.enabled(x)
         or any(

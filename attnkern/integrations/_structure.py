@@ -11,6 +11,15 @@ import torch
 from torch import Tensor, nn
 
 
+def by_name(module: nn.Module, given: tuple[Any, ...], named: dict[str, Any]) -> tuple[Any, ...]:
+    """A call's arguments in the order in which the module's class takes them; copies have names of their own."""
+    if not named:
+        return given
+    code = type(module).forward.__code__
+    names = code.co_varnames[1 : code.co_argcount][len(given) :][: len(named)]
+    return (*given, *(named[name] for name in names)) if {*names} == {*named} else ()
+
+
 def has(module: nn.Module, names: str) -> bool:
     """Whether ``module`` has exactly these children and parameters."""
     return {*module._modules, *module._parameters} == set(names.split())

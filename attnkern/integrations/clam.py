@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from attnkern.integrations import Rule, _softmax_pool
 from attnkern.integrations._children import altered
-from attnkern.integrations._structure import has
+from attnkern.integrations._structure import by_name, has
 
 _NOTE = "in training, with dropout active, its own forward runs"
 _BAG_NOTE = "with instance_eval, attention_only or active dropout, its own forward runs"
@@ -68,25 +68,30 @@ def _note(m: nn.Module) -> str:
     return _NOTE if any(type(layer) is nn.Dropout and layer.p > 0 for layer in m.modules()) else ""
 
 
-def _scores(module: Any, arguments: Any, x: Any, impl: str) -> Any:
+def _scores(module: Any, arguments: Any, given: Any, named: Any, impl: str) -> Any:
+    inputs = by_name(module, given, named)
     if (
-        not _softmax_pool.ready(module, arguments, x)
-        or x.dim() not in (2, 3)
+        len(inputs) != 1
+        or not _softmax_pool.ready(module, arguments, *inputs)
+        or inputs[0].dim() not in (2, 3)
         or (arguments.note and _softmax_pool.dropping(module))
     ):
-        return type(module).forward(module, x)
+        return type(module).forward(module, *given, **named)
+    (x,) = inputs
     items = x if x.dim() == 3 else x.unsqueeze(0)
     _, scores = _softmax_pool.gated_pool(items, arguments, impl, return_scores=True)
     scores = scores.transpose(1, 2).contiguous()  # [B, N, K]
     return (scores if x.dim() == 3 else scores.squeeze(0)), x
 
 
-def plain(module: Any, x: Any, *, impl: str) -> Any:
-    return _scores(module, _read_plain(module), x, impl)
+def plain(module: Any, *given: Any, impl: str, **named: Any) -> Any:
+    """forward(x)"""
+    return _scores(module, _read_plain(module), given, named, impl)
 
 
-def gated(module: Any, x: Any, *, impl: str) -> Any:
-    return _scores(module, _read_gated(module), x, impl)
+def gated(module: Any, *given: Any, impl: str, **named: Any) -> Any:
+    """forward(x)"""
+    return _scores(module, _read_gated(module), given, named, impl)
 
 
 def _trial(m: nn.Module) -> tuple[Tensor, ...]:
@@ -116,6 +121,8 @@ def _read_bag(m: Any) -> Any:
     code = type(m).forward.__code__
     if code.co_varnames[: code.co_argcount] != _CALL:
         return f"its forward takes other arguments than {', '.join(_CALL[1:])}"
+    if not _is_bag_classifier(m):
+        return "its attention_net no longer ends in a scorer"
     if not isinstance(m._modules["classifiers"], (nn.Linear, nn.ModuleList)):
         return f"its classifiers are a {type(m._modules['classifiers']).__name__}"
     *_, net = m._modules["attention_net"]._modules.values()
@@ -137,17 +144,17 @@ def bag(
     impl: str,
 ) -> Any:
     arguments = _read_bag(module)
-    *layers, net = module._modules["attention_net"]._modules.values()
+    layers = [*module._modules["attention_net"]._modules.values()]
     if (
         instance_eval
         or attention_only
         or not _softmax_pool.ready(module, arguments, h)
         or h.dim() != 2
-        or _softmax_pool.dropping(net)
+        or _softmax_pool.dropping(layers[-1])
     ):
         own = type(module).forward
         return own(module, h, label, instance_eval, return_features, attention_only)
-    for layer in layers:
+    for layer in layers[:-1]:
         h = layer(h)
     z, scores = _softmax_pool.gated_pool(h.unsqueeze(0), arguments, impl, return_scores=True)
     z, scores = z.squeeze(0), scores.squeeze(0)  # [K, D] and [K, N]

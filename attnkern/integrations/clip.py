@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 from attnkern.integrations import Rule, _softmax_pool
 from attnkern.integrations._softmax_pool import Projections
-from attnkern.integrations._structure import has
+from attnkern.integrations._structure import by_name, has
 
 _LAYERS = "k_proj q_proj v_proj c_proj"
 
@@ -44,10 +44,17 @@ def _trial(m: Any) -> tuple[Tensor, ...]:
     return (torch.randn(shape, generator=generator, dtype=torch.float64, device="cpu"),)
 
 
-def attention_pool_2d(module: Any, x: Any, *, impl: str) -> Any:
-    p = _read(module)
-    if not _softmax_pool.ready(module, p, x) or isinstance(p, str) or x.dim() != 4:
-        return type(module).forward(module, x)
+def attention_pool_2d(module: Any, *given: Any, impl: str, **named: Any) -> Any:
+    """forward(x)"""
+    p, inputs = _read(module), by_name(module, given, named)
+    if (
+        len(inputs) != 1
+        or not _softmax_pool.ready(module, p, *inputs)
+        or isinstance(p, str)
+        or inputs[0].dim() != 4
+    ):
+        return type(module).forward(module, *given, **named)
+    (x,) = inputs
     items = x.flatten(2).transpose(1, 2)
     tokens = torch.cat([items.mean(1, keepdim=True), items], 1)
     tokens = tokens + module.positional_embedding.to(tokens.dtype)

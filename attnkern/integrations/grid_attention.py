@@ -16,7 +16,7 @@ from attnkern import _autocast
 from attnkern._activations import qualified_name
 from attnkern.integrations import Rule, _attention_gate
 from attnkern.integrations._attention_gate import Arguments, Layer
-from attnkern.integrations._structure import refers_to
+from attnkern.integrations._structure import by_name, refers_to
 
 _CHILDREN = {"theta", "phi", "psi", "W"}
 _NAMES = (
@@ -96,7 +96,7 @@ def _trial(m: Any) -> tuple[Tensor, ...]:
 
 def grid_attention(module: Any, *given: Any, impl: str, **named: Any) -> Any:
     """forward(x, g)"""
-    maps = _attention_gate.by_name(module, given, named) if named else given
+    maps = by_name(module, given, named)
     a: Any = _read(module)
     if len(maps) != 2 or not _attention_gate.ready(module, a, *maps):
         return type(module).forward(module, *given, **named)

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from attnkern import _activations, _autocast
 from attnkern.integrations import Rule, _keys, _softmax_pool
 from attnkern.integrations._children import altered, refuse_child, refuse_linear
-from attnkern.integrations._structure import has
+from attnkern.integrations._structure import by_name, has
 from attnkern.ops.softmax_pool import additive_attention_pool
 from attnkern.ops.softmax_pool.reference import ACTS
 
@@ -53,8 +53,11 @@ def _trial(m: Any) -> tuple[Tensor, ...]:
     return x, h
 
 
-def attention(module: Any, encoder_out: Any, decoder_hidden: Any, *, impl: str) -> Any:
-    x, h, a = encoder_out, decoder_hidden, _read(module)
+def attention(module: Any, *given: Any, impl: str, **named: Any) -> Any:
+    """forward(encoder_out, decoder_hidden)"""
+    a, inputs = _read(module), by_name(module, given, named)
+    x: Any
+    x, h = inputs if len(inputs) == 2 else (None, None)
     if (
         not _softmax_pool.ready(module, a, x)
         or isinstance(a, str)
@@ -63,7 +66,7 @@ def attention(module: Any, encoder_out: Any, decoder_hidden: Any, *, impl: str) 
         or h.dim() != 2
         or len(h) not in (1, len(x))
     ):
-        return type(module).forward(module, encoder_out, decoder_hidden)
+        return type(module).forward(module, *given, **named)
     keys = _keys.project(module, x, a.k_weight, a.k_bias)
     context, alpha = additive_attention_pool(
         *(keys, x, module.decoder_att(h), a.v, a.c),

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+from attnkern._activations import qualified_name
 from attnkern.integrations import Rule, _softmax_pool
 from attnkern.integrations._children import altered
 
@@ -11,6 +12,8 @@ from attnkern.integrations._children import altered
 def _read(m: Any) -> Any:
     lazy = (m.fc1, m.fc_gated) if m.gated else (m.fc1,)
     for layer in lazy:
+        if (cls := qualified_name(type(layer))) != "torchmil.nn.utils.LazyLinear":
+            return f"its layer is a {cls}"
         if reason := altered(layer):
             return f"its layer {reason}"
     gate = (m.fc_gated.module, m.act_gated) if m.gated else ()
