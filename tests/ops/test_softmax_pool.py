@@ -9,6 +9,8 @@ import pytest
 import saturated
 import torch
 import torch.nn.functional as F
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from attnkern import testing
 from attnkern.functional import (
@@ -189,6 +191,22 @@ def test_folding_changes_nothing(heads, projected, queries, target):
         torch.testing.assert_close(
             got, want, rtol=1e-4, atol=1e-5, msg=lambda m, n=name: f"{n}: {m}"
         )
+
+
+def test_folding_needs_no_matrix_over_the_features(target):
+    """Values alone projected: queries stand in their heads' columns."""
+    sizes = []
+
+    class Sizes(TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            out = func(*args, **(kwargs or {}))
+            sizes.extend(t.numel() for t in tree_leaves(out) if isinstance(t, torch.Tensor))
+            return out
+
+    x, q, w = (torch.randn(s, device=target.device) for s in ((2, 5, 96), (1, 1, 96), (8, 96)))
+    with Sizes():
+        query_attention_pool(x, q, heads=4, v_weight=w, impl=target.impl)
+    assert 0 < max(sizes) <= x.numel()
 
 
 def test_the_pool_of_a_query_is_attention(target):

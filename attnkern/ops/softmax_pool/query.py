@@ -175,7 +175,7 @@ def _as_features(q: Tensor, k_weight: Tensor | None, features: int) -> Tensor:
     """u = W_k^T q, [B or 1, H, M, D] for q [B or 1, H, M, E/H]; q in its head's columns without W_k."""
     heads, width = q.shape[1], q.shape[3]
     if k_weight is None:
-        k_weight = torch.eye(features, dtype=q.dtype, device=q.device)
+        return torch.diag_embed(q.movedim(1, 3), dim1=1, dim2=3).flatten(3)
     return _per_head(q, k_weight.to(q.dtype).reshape(heads, width, features))
 
 
