@@ -163,6 +163,7 @@ SCORERS = {
     "clam plain with dropout": (lambda: copied.Attn_Net(dropout=0.1), {"gated": False}, False),
     "abmil": (Abmil, {}, False),
     "monai": (Monai, {"gated": False}, False),
+    "monai's attention": (lambda: Monai().attention, {"gated": False}, False),
     "torchmil": (
         lambda: Torchmil(32, 16, "relu"),
         {"gated": False, "act": "relu", "out_bias": False},

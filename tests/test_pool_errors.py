@@ -7,6 +7,7 @@ import re
 import numpy
 import pytest
 import torch
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from attnkern.functional import (
     additive_attention_pool,
@@ -121,7 +122,8 @@ BAD = [
     (context, {"weight": None}, "weight", "be a Tensor", "NoneType"),
     (context, {"weight": t(3, 5, dtype=F64)}, "weight", "have dtype", "float64"),
     (context, {"bias": t(2)}, "bias", "have shape [3]", "[2]"),
-    (context, {"logit_bias": t(2, 6)}, "bias", "have shape [B=2, N=7]", "[2, 6]"),
+    (context, {"logit_bias": t(2, 6)}, "logit_bias", "have shape [B=2, N=7]", "[2, 6]"),
+    (context, {"logit_bias": 0.0}, "logit_bias", "be a Tensor", "float"),
     # query
     (query, {"query": t(2, 3)}, "query", "have shape [1 or B=2, 8]", "[2, 3]"),
     (query, {"query": t(3, 2, 8)}, "query", "[1 or B=2, M, 8]", "[3, 2, 8]"),
@@ -193,7 +195,7 @@ def test_the_table_names_every_argument(good):
     returns = {"return_weights", "return_scores", "return_lse"}
     signature = set(function.__annotations__) - {"return"}
     assert signature - named - common - returns - {"x", "values", "act"} == set()
-    assert common - {"logit_bias"} <= everywhere
+    assert common <= everywhere
 
 
 def test_offsets_changed_in_place_are_read_again():
@@ -202,6 +204,22 @@ def test_offsets_changed_in_place_are_read_again():
     call["offsets"][1] = 9
     with pytest.raises(ValueError, match="offsets must not decrease, got 9, 3 at 1"):
         softmax_pool(**call)
+
+
+def test_offsets_that_count_no_versions_are_read_at_every_call():
+    with torch.inference_mode():
+        call = bags()
+        for _ in range(2):
+            softmax_pool(**call)
+        call["offsets"][1] = 9
+        with pytest.raises(ValueError, match="offsets must not decrease, got 9, 3 at 1"):
+            softmax_pool(**call)
+
+
+def test_offsets_without_values_are_not_read():
+    with FakeTensorMode():
+        z, weights = softmax_pool(**bags(), return_weights=True)
+    assert (z.shape, weights.shape) == ((3, 3, 5), (3, 7))
 
 
 @pytest.mark.parametrize(

@@ -26,6 +26,7 @@ class Common(NamedTuple):
     return_scores: bool = False
     return_lse: bool = False
     impl: str = "auto"
+    bias_name: str = "bias"
 
 
 def bags_of(op: str, values: Tensor, offsets: Any) -> int:
@@ -45,7 +46,7 @@ def run(
     checks.check_options(op, act, common.temperature)
     offsets = common.offsets
     ragged = offsets is not None
-    bias = checks.logit_bias(op, common.mask, common.bias, i.values, rows, ragged)
+    bias = checks.logit_bias(op, common.mask, common.bias, common.bias_name, i.values, rows, ragged)
     heads = rows[1]
     shared = heads > i.values.shape[1]
     if shared:

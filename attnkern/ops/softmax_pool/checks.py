@@ -7,6 +7,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from attnkern import _autocast, _checks, _select
@@ -52,22 +53,27 @@ def check_offsets(op: str, offsets: Any, values: Tensor) -> None:
     _checks.device(op, "offsets", offsets, values, "values")
     if offsets.dim() != 1 or offsets.shape[0] == 0:
         _checks.fail(op, "offsets", "have shape [B + 1]", list(offsets.shape))
-    if torch.compiler.is_compiling() or _select.transforming() or offsets.device.type == "meta":
+    without_values = offsets.device.type == "meta" or isinstance(offsets, FakeTensor)
+    if torch.compiler.is_compiling() or _select.transforming() or without_values:
         return
-    if _in_order.get(offsets) == (offsets._version, values.shape[2]):
+    items, counted = values.shape[2], not offsets.is_inference()
+    if counted and _in_order.get(offsets) == (offsets._version, items):
         return
-    bounds, items = offsets.tolist(), values.shape[2]
+    bounds = offsets.tolist()
     if bounds[0] != 0 or bounds[-1] != items:
         given = f"{bounds[0]} and {bounds[-1]}"
         _checks.fail(op, "offsets", f"begin at 0 and end at N={items}", given)
     for bag, (start, end) in enumerate(pairwise(bounds)):
         if end < start:
             _checks.fail(op, "offsets", "not decrease", f"{start}, {end} at {bag}")
-    _in_order[offsets] = (offsets._version, items)
+    if counted:
+        _in_order[offsets] = (offsets._version, items)
 
 
 _in_order = WeakTensorKeyDictionary()
-"""Offsets found in order, by version and N: reading them stops a GPU, so each tensor is read once."""
+"""Offsets found in order, by version and N: reading them stops a GPU, so each tensor is read once.
+
+Those made in inference mode count no versions and are read at every call."""
 
 
 def per_row(
@@ -104,13 +110,19 @@ def per_row(
 
 
 def logit_bias(
-    op: str, mask: Any, bias: Any, values: Tensor, rows: tuple[int, int, int], ragged: bool
+    op: str,
+    mask: Any,
+    bias: Any,
+    bias_name: str,
+    values: Tensor,
+    rows: tuple[int, int, int],
+    ragged: bool,
 ) -> Tensor | None:
     """bias, with -inf where the mask is False; [B, H, M, N] with sizes of 1 that broadcast."""
     acc = accumulation_dtype(values.dtype)
     full = None
     if bias is not None:
-        full = per_row(op, "bias", bias, values, rows, ragged).to(acc)
+        full = per_row(op, bias_name, bias, values, rows, ragged).to(acc)
     if mask is None:
         return full
     keep = per_row(op, "mask", mask, values, rows, ragged, (torch.bool,))

@@ -40,7 +40,8 @@ def softmax_pool(
         bias: added to e / T, shapes as for ``mask``.
         offsets: [B+1] int64, from 0 to N, not decreasing: items of all bags stand in one row, values
             [N, D], scores, mask and bias [N] or [M, N]; bag b is offsets[b]..offsets[b+1].  Their
-            order is checked once a tensor, outside torch.compile.
+            order is checked once a tensor (at every call one made in inference mode), outside
+            torch.compile.
         temperature: T > 0.
         return_weights: also return p, [B, N] or [B, M, N] ([N] or [M, N] of bags), differentiable.
         return_scores: also return e in the values' dtype.
@@ -56,7 +57,7 @@ def softmax_pool(
 
     A row that is masked throughout, or a bag without items, gives z = 0, lse = -inf and no gradient.
     Sums run in float32 (float64 for float64) in a fixed order: results repeat bit for bit.  Backward
-    keeps the inputs, z and lse.
+    keeps the inputs, z and each row's largest logit and weight.
 
     >>> softmax_pool(torch.zeros(2, 4), torch.ones(2, 4, 3))
     tensor([[1., 1., 1.],
@@ -109,7 +110,8 @@ def context_attention_pool(
     op = "context_attention_pool"
     v = checks.items_of(op, "x", x, offsets, channels_first)
     common = Common(
-        mask, logit_bias, offsets, temperature, return_weights, return_scores, return_lse, impl
+        *(mask, logit_bias, offsets, temperature, return_weights, return_scores, return_lse, impl),
+        bias_name="logit_bias",
     )
     checks.small(op, "weight", weight, v, "M", v.shape[3])
     queries = weight.shape[0]

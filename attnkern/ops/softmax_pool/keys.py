@@ -21,6 +21,7 @@ _PLAIN = {
     "module.3.": "module.2.",  # CLAM with dropout between
     **{"attention.0.": "module.0.", "attention.2.": "module.2."},  # ABMIL, MONAI
     **{"fc1.module.": "module.0.", "fc2.": "module.2."},  # torchmil
+    **{"0.": "module.0.", "2.": "module.2."},  # the same without that name
 }
 
 
