@@ -103,6 +103,20 @@ def test_a_gate_goes_through_a_file(target, tmp_path):
     assert out.split() == ["equal"]
 
 
+def test_a_gate_without_gradients_is_one_operator(target):
+    """Its norms are folded in it, and it takes maps and weights as they are."""
+    if target.impl == "reference":
+        pytest.skip("the reference is no operator")
+    gate = attnkern.nn.AttentionGate(12, impl=target.impl).to(target.device).eval()
+    maps = torch.randn(2, 3, 12, 9, 8, device=target.device).unbind()
+    with torch.no_grad():
+        program = torch.export.export(gate, maps)
+        torch.testing.assert_close(program.module()(*maps), gate(*maps))
+    targets = [str(n.target) for n in program.graph.nodes if n.op == "call_function"]
+    operators = [t for t in targets if "getitem" not in t]
+    assert operators == [f"attnkern.attention_gate_eval.{target.impl}"]
+
+
 class _Pool(torch.nn.Module):
     """Two scorers of one operator: a gated pool over padded bags, and a folded latent query over what is left."""
 

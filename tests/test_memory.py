@@ -5,13 +5,17 @@ from __future__ import annotations
 import gc
 import weakref
 
+import gate_modules as copied
 import pytest
 import torch
 from conftest import calls
 
+import attnkern
 from attnkern import testing
+from attnkern._verdicts import KNOWN
 from attnkern.functional import gated_attention_pool, squeeze_excite
 from attnkern.ops.attention_gate import cases as gates
+from attnkern.ops.attention_gate import checks
 
 B, C, L, R = 4, 64, 4096, 16
 MAP = B * C * L * 4
@@ -206,8 +210,20 @@ def test_the_memory_of_admitted_calls_is_bounded(target):
     for length in range(1, 1200):
         squeeze_excite(torch.ones(1, 1, length, device=target.device), w, impl=target.impl)
         squeeze_excite(torch.ones(1, 1, 1), w.cpu(), gain=float(length), impl="reference")
-    assert len(op._calls) <= op._KNOWN
-    assert max(len(call.verdicts) for call in op._calls.values()) <= op._KNOWN
+    assert len(op._calls) <= KNOWN
+    assert max(len(call.verdicts) for call in op._calls.values()) <= KNOWN
+
+
+def test_the_memory_of_admitted_gates_is_bounded(target):
+    gate = copied.Attention_block(2, 2, 1).to(target.device).eval()
+    attnkern.optimize(gate, impl=target.impl, strict=True)
+    with torch.no_grad():
+        for length in range(1, 300):
+            x = torch.ones(1, 2, 1, length, device=target.device)
+            gate(x, x)
+    verdicts = gate.__dict__["_reading"].value.verdicts
+    assert len(verdicts) <= KNOWN
+    assert len(checks._admitted) <= KNOWN
 
 
 def test_inference_allocates_no_bits(target):

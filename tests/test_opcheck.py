@@ -110,9 +110,9 @@ GATES = [c for c in EVERY if c.spec.operator == "attention_gate_fwd"]
 @pytest.mark.parametrize("channels_last", [False, True], ids=["first", "last"])
 @pytest.mark.parametrize("call", GATES, ids=str)
 def test_attention_gate(call, target, channels_last, monkeypatch):
-    """All eight operators, with the arguments that each case gives them."""
+    """All nine operators, with the arguments that each case gives them."""
     recorders = {}
-    for name in ("fwd", "bwd", "moments", "sums"):
+    for name in ("fwd", "eval", "bwd", "moments", "sums"):
         recorders[f"attention_gate_{name}"] = _Recorder(_overload(f"attention_gate_{name}", target))
     for name in ("norm_fwd", "norm_bwd", "apply_fwd", "apply_bwd"):
         recorders[f"gate_{name}"] = _Recorder(_overload(f"gate_{name}", target))
@@ -122,7 +122,11 @@ def test_attention_gate(call, target, channels_last, monkeypatch):
     testing.run(call.spec.function, tensors, call.case.options, impl=target.impl)
     small = {k: t for k, t in tensors.items() if k not in call.case.maps}
     _frozen(call, target, tensors, small)
+    with torch.no_grad():
+        call.spec.function(**tensors, **call.case.options, impl=target.impl)
     assert recorders["attention_gate_fwd"].seen
+    over_batch = recorders["attention_gate_moments"].seen
+    assert bool(recorders["attention_gate_eval"].seen) != bool(over_batch)
     assert recorders["attention_gate_bwd"].seen
     for recorder in recorders.values():
         for arguments in recorder.seen:

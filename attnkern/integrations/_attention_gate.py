@@ -12,11 +12,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from attnkern import _activations, _autocast
 from attnkern._activations import qualified_name
 from attnkern._layers import weight_and_bias, whole_patches
 from attnkern._reading import kept
+from attnkern._verdicts import remember
 from attnkern.integrations._children import altered, inlinable, refuse_child, say_refused
 from attnkern.integrations._structure import SHARDED, by_name
 from attnkern.ops.attention_gate.module import batch_norm, gated, synchronised
@@ -38,6 +40,10 @@ class Arguments(NamedTuple):
     norms: dict[str, Any]
     """Layers, which are asked, and count, at the call."""
     options: dict[str, Any]
+    tensors: list[Tensor]
+    """All of them."""
+    verdicts: dict[Any, bool]
+    """Whether maps were accepted, by all the metadata that decides."""
 
 
 # ------------------------------------------------------------------ layers
@@ -131,7 +137,9 @@ def read(
         return "its theta, phi and psi do not meet in one map"
     if out is not None and weights["out_weight"].shape[1] != channels:
         return "its out is no convolution of the gated map"
-    return Arguments(weights["theta_weight"], weights, norms, options)
+    tables = (weights, *(t for n in norms.values() for t in (n._parameters, n._buffers)))
+    tensors = [t for table in tables for t in table.values() if t is not None]
+    return Arguments(weights["theta_weight"], weights, norms, options, tensors, {})
 
 
 def read_activation(act: Any) -> dict[str, Any] | str:
@@ -155,7 +163,22 @@ def ready(module: nn.Module, arguments: Arguments | str, x: Any, g: Any) -> bool
     if isinstance(arguments, str):
         say_refused(module, arguments)
         return False
-    return inlinable() and _accepts(x, g, arguments)
+    if not inlinable():
+        return False
+    key = verdict = None
+    if not is_dynamo_compiling():
+        try:
+            maps = [(t.shape, t.dtype, t.device, t.layout) for t in (x, g)]
+            state = (_autocast.lowers_to(x), *[n.training for n in arguments.norms.values()])
+            key = (*maps, *state, *[(t.shape, t.dtype, t.device) for t in arguments.tensors])
+            verdict = arguments.verdicts.get(key)
+        except (AttributeError, TypeError):  # no tensors, or symbols for sizes
+            key = None
+    if verdict is None:
+        verdict = _accepts(x, g, arguments)
+        if key is not None:
+            remember(arguments.verdicts, key, verdict)
+    return verdict and not any(synchronised(norm, x) for norm in arguments.norms.values())
 
 
 def _accepts(x: Any, g: Any, a: Arguments) -> bool:
@@ -182,10 +205,8 @@ def _accepts(x: Any, g: Any, a: Arguments) -> bool:
     if not a.norms:
         return True
     alone = x.shape[0] * min(math.prod(grid), math.prod(g.shape[2:])) == 1
-    return not any(
-        synchronised(norm, x)
-        or (alone and (norm.training or norm._buffers["running_mean"] is None))
-        for norm in a.norms.values()
+    return not alone or not any(
+        norm.training or norm._buffers["running_mean"] is None for norm in a.norms.values()
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from attnkern import _autocast
 from attnkern._activations import qualified_name
+from attnkern._reading import kept
 from attnkern.integrations import Rule, _attention_gate
 from attnkern.integrations._attention_gate import Arguments, Layer
 from attnkern.integrations._structure import by_name, refers_to
@@ -26,6 +27,9 @@ _NAMES = (
 _TORR = f"{_NAMES} nl1 mode sum min max NotImplementedError"
 _MODES = {"concatenation_sigmoid": "sigmoid", "concatenation_softmax": "softmax"}
 _LINEAR = {nn.Conv1d: "linear", nn.Conv2d: "bilinear", nn.Conv3d: "trilinear"}
+
+
+_READ = ("theta", "phi", "psi", "W", "operation_function", "upsample_mode", "mode", "nl1")
 
 
 def _is_gate(m: nn.Module) -> bool:
@@ -97,7 +101,7 @@ def _trial(m: Any) -> tuple[Tensor, ...]:
 def grid_attention(module: Any, *given: Any, impl: str, **named: Any) -> Any:
     """forward(x, g)"""
     maps = by_name(module, given, named)
-    a: Any = _read(module)
+    a: Any = kept(module, _read, _READ)
     if len(maps) != 2 or not _attention_gate.ready(module, a, *maps):
         return type(module).forward(module, *given, **named)
     x = maps[0]

@@ -6,6 +6,7 @@ What register.cpp does for the device: tensors -> the structs of params.h -> the
 from __future__ import annotations
 
 import ctypes
+import functools
 from typing import Any
 
 import run as simt
@@ -15,6 +16,7 @@ from torch import Tensor
 
 from attnkern import _layout
 from attnkern.ops.attention_gate import op, reference
+from attnkern.ops.attention_gate.normal_form import evaluate
 from attnkern.ops.attention_gate.reference import ACTS, TARGETS, Inputs, Options
 
 _struct = simt.struct
@@ -49,7 +51,7 @@ ApplyBackwardParams = _struct(
 )
 NormParams = _struct(
     "NormParams",
-    "dtype:i hidden:l terms:l weight bias gamma beta mean var eps:d folded shift scale",
+    "dtype:i hidden:l terms:l weight onto bias gamma beta mean var eps:d folded shift scale",
 )
 NormBackwardParams = _struct(
     "NormBackwardParams", "dtype:i hidden:l count:l dh dht mean var scale eps:d k0 k1 dgamma"
@@ -79,6 +81,7 @@ class Emulated(Launchers):
         """Each operator and what serves it here."""
         return (
             (op.attention_gate_fwd, self.forward),
+            (op.attention_gate_eval, functools.partial(evaluate, self.forward, self.norm)),
             (op.attention_gate_bwd, self.backward),
             (op.attention_gate_moments, self.moments),
             (op.attention_gate_sums, self.sums),

@@ -10,6 +10,7 @@ __all__ = ["AttentionGate", "BatchNorm", "MultiAttentionGate", "attention_gate"]
 _triton.serve(
     "attnkern.ops.attention_gate.triton",
     "attention_gate_fwd",
+    "attention_gate_eval",
     "attention_gate_bwd",
     "attention_gate_moments",
     "attention_gate_sums",

@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from attnkern import _checks, _select
+from attnkern._verdicts import remember
 from attnkern.ops.attention_gate.norm import BatchNorm
 from attnkern.ops.attention_gate.reference import ACTS, TARGETS
 
@@ -80,9 +81,7 @@ def admit(
         return _check(impl, x, g, weights, norms, choices)
     if verdict is None:
         verdict = _check(impl, x, g, weights, norms, choices)
-        if len(_admitted) >= 1024:
-            _admitted.clear()
-        _admitted[key] = verdict
+        remember(_admitted, key, verdict)
     return verdict
 
 

@@ -12,6 +12,7 @@ from torch import Tensor
 from attnkern import _autocast
 from attnkern.ops.attention_gate import checks, op
 from attnkern.ops.attention_gate.norm import BatchNorm, in_dtype, of_no_samples, track
+from attnkern.ops.attention_gate.normal_form import Evaluated, Evaluation, as_matrix
 from attnkern.ops.attention_gate.reference import Inputs, Options, accumulation_dtype
 from attnkern.ops.attention_gate.resample import taps
 
@@ -115,20 +116,18 @@ def attention_gate(
         if out_weight is not None:
             out_norm = of_no_samples(out_norm, out_weight.shape[0], out_weight)
     with _autocast.full_precision(x):
-        theta = _convolution(impl, theta_weight, theta_bias, theta_norm, x)
+        theta = _convolution(theta_weight, theta_bias, theta_norm, x)
         signal = _signal(impl, g, grid, phi_weight, phi_bias, phi_norm, upsample, align_corners)
         over_psi = psi_norm if psi_norm is not None and psi_norm.over_batch else None
-        folded = None if over_psi else psi_norm
-        row = psi_weight if psi_weight.dim() > 1 else psi_weight.unsqueeze(0)
-        psi = _convolution(impl, row, psi_bias, folded, x)
-        norms = op.Norms(theta.eps, signal.eps)
+        psi = _convolution(psi_weight, psi_bias, None if over_psi else psi_norm, x)
+        norms = op.Norms(theta.eps, signal.phi.eps)
         cancelled = psi.bias if over_psi else None
         over_batch = op.OverBatch(
-            *(theta.gamma, signal.gamma, theta.cancelled, signal.cancelled, cancelled)
+            *(theta.gamma, signal.phi.gamma, theta.cancelled, signal.phi.cancelled, cancelled)
         )
         i = Inputs(
-            *(_map(x), _map(signal.g), theta.weight, signal.phi),
-            *(_sum(theta.bias, signal.bias), psi.weight.flatten()),
+            *(x, signal.g, theta.weight, signal.phi.weight),
+            *(_sum(theta.bias, signal.phi.bias), psi.weight),
             psi.bias if cancelled is None else cancelled.detach(),
             *(signal.taps, signal.tap_weights),
         )
@@ -142,7 +141,8 @@ def attention_gate(
             and carried == target
         )
         o = Options(act, float(act_slope), *_three(kernel), carried, at_once)
-        q, y, moments = op.gate(impl, i, o, norms, over_batch)
+        evaluation = Evaluation(theta.evaluated, signal.phi.evaluated, psi.evaluated)
+        q, y, moments = op.gate(impl, i, o, norms, over_batch, evaluation)
         track((theta_norm, phi_norm), (moments[:2], moments[2:]), (theta_bias, phi_bias), positions)
         if at_once and not return_alpha:
             alpha = alpha_full = q
@@ -150,61 +150,51 @@ def attention_gate(
             alpha = _alpha(q.reshape(q.shape[0], 1, *grid), gate, over_psi)
             alpha_full = _resize(alpha, full, upsample, align_corners)
         if not at_once:
-            y = y if carried == target else _map(g)
-            y = op.apply(impl, y, _map(alpha_full).squeeze(1))
-        for _ in range(5 - x.dim()):
-            y = y.squeeze(2)  # keeps y's strides; reshape chooses them anew for a batch of 1
+            y = op.apply(impl, y if carried == target else g, alpha_full)
         if out_weight is not None:
             y = _out(impl, y, out_weight, out_bias, out_norm)
     return (y, alpha.to(x.dtype), alpha_full.to(x.dtype)) if return_alpha else y
 
 
 class _Convolution(NamedTuple):
-    """A 1x1 convolution and its norm in accumulation dtype: what of the norm can be folded is."""
+    """A 1x1 convolution in accumulation dtype, and its norm."""
 
-    weight: Tensor
-    bias: Tensor | None
+    weight: Any
+    bias: Tensor | None = None
     gamma: Tensor | None = None
     eps: float | None = None
     """None unless the norm is over the batch."""
     cancelled: Tensor | None = None
     """The convolution's own bias, if so."""
+    evaluated: Evaluated = Evaluated()
 
 
 def _convolution(
-    impl: str, weight: Tensor, bias: Tensor | None, norm: BatchNorm | None, x: Tensor
+    weight: Tensor, bias: Tensor | None, norm: BatchNorm | None, x: Tensor
 ) -> _Convolution:
     acc = accumulation_dtype(x.dtype)
-    w, b = in_dtype(_matrix(weight), acc), in_dtype(bias, acc)
+    w, b = in_dtype(weight, acc), in_dtype(bias, acc)
     if norm is None:
         return _Convolution(w, b)
     mean, var, gamma, beta = (in_dtype(t, acc) for t in norm[:4])
     if norm.over_batch:
         return _Convolution(w, beta, gamma, norm.eps, b)
-    return _Convolution(*op.fold(impl, w, b, gamma, beta, mean, var, eps=norm.eps))
+    return _Convolution(w, evaluated=Evaluated(b, gamma, beta, mean, var, norm.eps))
 
 
-def _matrix(weight: Tensor) -> Tensor:
-    """[O, C, *kernel] as [O, C k1 k2 k3].
-
-    A 1x1 weight in channels_last gets its gradient in its own strides, which DDP compares exactly.
-    """
-    if weight.requires_grad and weight.dim() > 2 and weight.stride(-1) != 1:
-        last = weight.movedim(1, -1)
-        if last.shape[1:-1].numel() == 1:
-            return last.flatten(0, -2)
-    return weight.flatten(1)
+def _folded(
+    impl: str, weight: Tensor, bias: Tensor | None, norm: BatchNorm | None, x: Tensor
+) -> tuple[Tensor, Tensor | None]:
+    """weight [O, C] and bias of a convolution with a norm that is not over the batch."""
+    c: Any = _convolution(as_matrix(weight), bias, norm, x)
+    return (c.weight, c.bias) if norm is None else op.fold(impl, c.weight, *c.evaluated)
 
 
 class _Signal(NamedTuple):
     """The gating signal: g and phi on q's grid, or phi g on a grid of its own and the taps to q's."""
 
     g: Tensor
-    phi: Tensor | None
-    bias: Tensor | None
-    gamma: Tensor | None = None
-    eps: float | None = None
-    cancelled: Tensor | None = None
+    phi: _Convolution
     taps: Tensor | None = None
     tap_weights: Tensor | None = None
 
@@ -220,27 +210,20 @@ def _signal(
     align_corners: bool,
 ) -> _Signal:
     if tuple(g.shape[2:]) == grid:
-        return _Signal(g, *_convolution(impl, weight, bias, norm, g))
+        return _Signal(g, _convolution(weight, bias, norm, g))
     assert upsample is not None
     given = g.shape[2:]
     over_batch = norm if norm is not None and norm.over_batch else None
-    phi, b, *_ = _convolution(impl, weight, bias, None if over_batch else norm, g)
+    phi, b = _folded(impl, weight, bias, None if over_batch else norm, g)
     g = F.conv1d(g.flatten(2), phi.to(g.dtype).unsqueeze(2)).unflatten(2, given)
     if over_batch is not None:
         g, b = _batch_norm(g, over_batch, b), None
     where = taps(given, grid, upsample, align_corners, phi.dtype, g.device)
-    return _Signal(g, None, b, taps=where[0], tap_weights=where[1])
+    return _Signal(g, _Convolution(None, b), *where)
 
 
 def _three(sizes: Any) -> tuple[int, int, int]:
     return (*(1,) * (3 - len(sizes)), *sizes)
-
-
-def _map(t: Tensor) -> Tensor:
-    """[B, C, *spatial] with three spatial dims, leading ones before those there are."""
-    for _ in range(5 - t.dim()):
-        t = t.unsqueeze(2)
-    return t
 
 
 def _sum(*terms: Tensor | None) -> Tensor | None:
@@ -300,7 +283,7 @@ def _out(
     impl: str, y: Tensor, weight: Tensor, bias: Tensor | None, norm: BatchNorm | None
 ) -> Tensor:
     over_batch = norm if norm is not None and norm.over_batch else None
-    w, b, *_ = _convolution(impl, weight, bias, None if over_batch else norm, y)
+    w, b = _folded(impl, weight, bias, None if over_batch else norm, y)
     if over_batch is not None and b is not None:
         over_batch, b = _cancelled(over_batch, b)
     convolution = (F.conv1d, F.conv2d, F.conv3d)[y.dim() - 3]

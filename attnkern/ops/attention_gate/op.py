@@ -1,104 +1,36 @@
-"""The operators behind `attention_gate`: schemas, fakes and autograd, in the normal form of reference.py."""
+"""`attention_gate` between its public function and its operators: autograd, and norms over the batch."""
 
 from __future__ import annotations
 
+import functools
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from attnkern import _autocast, _layout, _library
+from attnkern import _autocast, _layout
 from attnkern.ops.attention_gate import reference
+from attnkern.ops.attention_gate.normal_form import (
+    Evaluation,
+    as_given,
+    as_map,
+    folded,
+    gradient_like,
+    normal,
+    readable,
+    target_of,
+)
 from attnkern.ops.attention_gate.reference import Branch, Inputs, Options
-
-# ------------------------------------------------------------------ operators and fakes
-
-
-def _fwd_fake(*arguments: Any) -> tuple[Tensor, Tensor]:
-    i, o = Inputs(*arguments[:9]), Options(*arguments[9:])
-    q = i.theta.new_empty(i.x.shape[0], *reference.grid_of(i.x, o))
-    if not o.apply:
-        return q, i.x.new_empty(0)
-    return q, torch.empty_like(i.x if o.target == "x" else i.g)
-
-
-def _vectors(like: Tensor, count: int) -> tuple[Tensor, ...]:
-    """So many [F], ``like`` being [F, ...]."""
-    return tuple(like.new_empty(like.shape[0]) for _ in range(count))
-
-
-def _sums_fake(dq: Tensor, *arguments: Any) -> tuple[Tensor, ...]:
-    theta = arguments[2]
-    return _vectors(theta, 3)
-
-
-def _bwd_fake(d: Tensor | None, dq: Tensor | None, *arguments: Any) -> tuple[Tensor, ...]:
-    i, (need_x, need_g, need_weights) = Inputs(*arguments[:9]), arguments[-3:]
-    hidden = i.theta.shape[:1] if need_weights else 0
-
-    def like(t: Tensor | None, needed: bool) -> Tensor:
-        return torch.empty_like(t) if t is not None and needed else i.theta.new_empty(0)
-
-    dx = torch.empty_like(i.x) if need_x else i.x.new_empty(0)
-    dg = torch.empty_like(i.g) if need_g else i.x.new_empty(0)
-    small = [i.theta.new_empty(hidden), i.theta.new_empty(hidden)]
-    dtheta, dphi = like(i.theta, need_weights), like(i.phi, need_weights)
-    return dx, dg, dtheta, dphi, *small, i.theta.new_empty(1 if need_weights else 0)
-
-
-_TENSORS = (
-    "Tensor x, Tensor g, Tensor theta, Tensor? phi, Tensor? bias, Tensor psi, Tensor? psi_bias, "
-    "Tensor? taps, Tensor? tap_weights"
-)
-_BRANCHES = (
-    "Tensor? theta_scale, Tensor? theta_k0, Tensor? theta_k1, "
-    "Tensor? phi_scale, Tensor? phi_k0, Tensor? phi_k1"
-)
-_OPTIONS = "str act, float act_slope, int k1, int k2, int k3, str target, bool apply"
-
-attention_gate_fwd = _library.define(
-    "attention_gate_fwd", f"({_TENSORS}, {_OPTIONS}) -> (Tensor q, Tensor y)", _fwd_fake
-)
-attention_gate_bwd = _library.define(
-    "attention_gate_bwd",
-    f"(Tensor? d, Tensor? dq, {_TENSORS}, Tensor q, {_BRANCHES}, {_OPTIONS}, "
-    "bool need_x, bool need_g, bool need_weights)"
-    " -> (Tensor dx, Tensor dg, Tensor dtheta, Tensor dphi, Tensor dbias, Tensor dpsi, "
-    "Tensor dpsi_bias)",
-    _bwd_fake,
-)
-attention_gate_moments = _library.define(
-    "attention_gate_moments",
-    "(Tensor x, Tensor weight, int k1, int k2, int k3) -> (Tensor mean, Tensor var)",
-    lambda x, weight, *_: _vectors(weight, 2),
-)
-attention_gate_sums = _library.define(
-    "attention_gate_sums",
-    f"(Tensor dq, {_TENSORS}, Tensor? theta_scale, Tensor? phi_scale, {_OPTIONS})"
-    " -> (Tensor dh, Tensor dht, Tensor dhu)",
-    _sums_fake,
-)
-gate_norm_fwd = _library.define(
-    "gate_norm_fwd",
-    "(Tensor weight, Tensor? bias, Tensor? gamma, Tensor? beta, Tensor mean, Tensor var, float eps)"
-    " -> (Tensor folded, Tensor shift, Tensor scale)",
-    lambda weight, *rest: (torch.empty_like(weight), *_vectors(weight, 2)),
-)
-gate_norm_bwd = _library.define(
-    "gate_norm_bwd",
-    "(Tensor dq, Tensor dh, Tensor dht, Tensor mean, Tensor var, Tensor scale, float eps)"
-    " -> (Tensor k0, Tensor k1, Tensor dgamma)",
-    lambda dq, dh, *_: _vectors(dh, 3),
-)
-gate_apply_fwd = _library.define(
-    "gate_apply_fwd",
-    "(Tensor x, Tensor alpha) -> Tensor y",
-    lambda x, alpha: torch.empty_like(x),
-)
-gate_apply_bwd = _library.define(
-    "gate_apply_bwd",
-    "(Tensor dy, Tensor x, Tensor alpha) -> (Tensor dx, Tensor dalpha)",
-    lambda dy, x, alpha: (torch.empty_like(x), torch.empty_like(alpha)),
+from attnkern.ops.attention_gate.schemas import (
+    attention_gate_bwd,
+    attention_gate_eval,
+    attention_gate_fwd,
+    attention_gate_moments,
+    attention_gate_sums,
+    gate_apply_bwd,
+    gate_apply_fwd,
+    gate_norm_bwd,
+    gate_norm_fwd,
 )
 
 
@@ -231,16 +163,16 @@ class _Gate(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, impl: str, o: Options, norms: Norms, *tensors: Any) -> Any:
         i, more, kernels = Inputs(*tensors[:9]), OverBatch(*tensors[9:]), Kernels(impl)
-        folded, statistics = _normed(i, more, norms, o, kernels)
-        q, y = kernels.forward(folded, o)
+        normed, statistics = _normed(i, more, norms, o, kernels)
+        q, y = kernels.forward(normed, o)
         known = [s for s in statistics if s is not None]
         # without those there are not: torch.compile takes no output that is None
         moments = [t for s in known for t in (s.mean, s.var)]
         ctx.impl, ctx.options, ctx.norms = impl, o, norms
-        ctx.save_for_backward(*tensors, q, folded.bias, *(t for s in known for t in s))
+        ctx.save_for_backward(*tensors, q, normed.bias, *(t for s in known for t in s))
         ctx.set_materialize_grads(False)
         ctx.mark_non_differentiable(*moments)
-        target = i.x if o.target == "x" else i.g
+        target = target_of(i, o)
         return q, y if o.apply else target.view_as(target), *moments
 
     @staticmethod
@@ -254,18 +186,18 @@ class _Gate(torch.autograd.Function):
         with _autocast.full_precision(i.x):
             statistics: Any
             if differentiable:
-                folded, statistics = _normed(i, more, norms, o, kernels)
-                bias = folded.bias
+                normed, statistics = _normed(i, more, norms, o, kernels)
+                bias = normed.bias
             else:
                 statistics = _by_branch(norms, saved[16:], 3)
                 statistics = tuple(None if s[0] is None else Statistics(*s) for s in statistics)
             i = i._replace(bias=bias)
-            target = i.x if o.target == "x" else i.g
+            target = target_of(i, o)
             if o.apply and d is None:
                 d = torch.zeros_like(target)
             if not o.apply and dq is None:
                 dq = torch.zeros_like(q)
-            d = None if d is None else _gradient(d, target, i.x)
+            d = None if d is None else gradient_like(d, target, i.x)
             dq = None if dq is None else dq.contiguous()
             branches: list[Branch | None] = [
                 None if s is None else Branch(s.scale) for s in statistics
@@ -293,12 +225,12 @@ class _Gate(torch.autograd.Function):
 class _Fold(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, impl: str, eps: float, *tensors: Tensor | None) -> tuple[Tensor, Tensor]:
-        folded, shift, _ = gate_norm_fwd[impl](*tensors, eps)
+        product, shift, _ = gate_norm_fwd[impl](*tensors, eps)
         ctx.eps = eps
         # copies: a batch that trains may move the running statistics before backward
         statistics = (t if t is None or t.requires_grad else t.clone() for t in tensors[4:])
         ctx.save_for_backward(*tensors[:4], *statistics)
-        return folded, shift
+        return product, shift
 
     @staticmethod
     def backward(ctx: Any, dfolded: Tensor, dshift: Tensor) -> Any:
@@ -323,33 +255,58 @@ class _Apply(torch.autograd.Function):
 
 
 def gate(
-    impl: str, i: Inputs, o: Options, norms: Norms, more: OverBatch
+    impl: str, given: Inputs, o: Options, norms: Norms, more: OverBatch, evaluation: Evaluation
 ) -> tuple[Tensor, Tensor, tuple[Tensor | None, ...]]:
-    """q, y (the target where not o.apply), and mean and variance of theta's and phi's branch over the batch."""
+    """q, y (the target where not o.apply), and mean and variance of theta's and phi's branch over the batch.
+
+    Maps have one to three spatial dims, weights any after the first.
+    """
+    trained = (
+        norms.theta is not None
+        or norms.phi is not None
+        or needs_grad(*given, *more, *(t for n in evaluation for t in n[:5]))
+    )
+    if impl != "reference" and not trained:
+        dense = [t.contiguous() if isinstance(t, Tensor) else t for n in evaluation for t in n]
+        q, y = attention_gate_eval[impl](*readable(given), *dense, *o)
+        return q, y if o.apply else target_of(given, o), (None,) * 4
+    i = folded(normal(given), evaluation, functools.partial(fold, impl))
     if impl == "reference":
-        with _autocast.full_precision(i.x):
-            for b in (more.theta_bias, more.phi_bias):
-                if b is not None:  # a gradient of 0
-                    i = i._replace(bias=0.0 * b if i.bias is None else i.bias + 0.0 * b)
-            if more.psi_bias is not None:
-                i = i._replace(psi_bias=more.psi_bias.detach() + 0.0 * more.psi_bias)
-            folded, statistics = _normed(i, more, norms, o, Kernels(impl))
-            q, y = reference.forward(folded, o)
-        moments = tuple(t for s in statistics for t in ((None, None) if s is None else s[:2]))
-        return q, y if o.apply else (i.x if o.target == "x" else i.g), moments
-    i = readable(i)
-    if norms.theta is not None or norms.phi is not None or needs_grad(*i, *more):
-        q, y, *moments = _Gate.apply(impl, o, norms, *i, *more)
-        theta, phi = _by_branch(norms, moments)
-        return q, y, (*theta, *phi)
-    q, y = attention_gate_fwd[impl](*i, *o)
-    return q, y if o.apply else (i.x if o.target == "x" else i.g), (None,) * 4
+        q, y, *moments = _by_autograd(i, o, norms, more)
+    else:
+        q, y, *moments = _Gate.apply(impl, o, norms, *readable(i), *more)
+    theta, phi = _by_branch(norms, moments)
+    return q, as_given(y, given.x), (*theta, *phi)
 
 
-def fold(impl: str, *tensors: Any, eps: float) -> tuple[Tensor, Tensor]:
+def _by_autograd(i: Inputs, o: Options, norms: Norms, more: OverBatch) -> Any:
+    """What `_Gate` returns, by the formulas of reference.py."""
+    with _autocast.full_precision(i.x):
+        for b in (more.theta_bias, more.phi_bias):
+            if b is not None:  # a gradient of 0
+                i = i._replace(bias=0.0 * b if i.bias is None else i.bias + 0.0 * b)
+        if more.psi_bias is not None:
+            i = i._replace(psi_bias=more.psi_bias.detach() + 0.0 * more.psi_bias)
+        normed, statistics = _normed(i, more, norms, o, Kernels("reference"))
+        q, y = reference.forward(normed, o)
+    moments = [t for s in statistics if s is not None for t in s[:2]]
+    return q, y if o.apply else target_of(i, o), *moments
+
+
+def fold(
+    impl: str,
+    weight: Tensor,
+    before: Tensor | None,
+    gamma: Tensor | None,
+    beta: Tensor | None,
+    mean: Tensor,
+    var: Tensor,
+    eps: float,
+) -> tuple[Tensor, Tensor]:
     """weight [F, C] and bias of a convolution with its norm in evaluation, as `reference.norm_forward` takes them."""
+    tensors = weight, before, gamma, beta, mean, var
     if impl == "reference":
-        return reference.norm_forward(*(*tensors, eps))[:2]
+        return reference.norm_forward(*tensors, eps)[:2]
     dense = [None if t is None else t.contiguous() for t in tensors]
     if needs_grad(*tensors):
         return _Fold.apply(impl, eps, *dense)
@@ -357,39 +314,15 @@ def fold(impl: str, *tensors: Any, eps: float) -> tuple[Tensor, Tensor]:
 
 
 def apply(impl: str, x: Tensor, alpha: Tensor) -> Tensor:
-    """alpha [B, X1, X2, X3] times x [B, C, X1, X2, X3]."""
+    """alpha [B, 1, *spatial] times x [B, C, *spatial]."""
+    map_, alpha = as_map(x), as_map(alpha).squeeze(1)
     if impl == "reference":
         with _autocast.full_precision(x):
-            return reference.apply(x, alpha)
-    x, alpha = _layout.as_readable(x), alpha.contiguous()
-    if needs_grad(x, alpha):
-        return _Apply.apply(impl, x, alpha)
-    return gate_apply_fwd[impl](x, alpha)
+            return as_given(reference.apply(map_, alpha), x)
+    map_, alpha = _layout.as_readable(map_), alpha.contiguous()
+    run = functools.partial(_Apply.apply, impl) if needs_grad(x, alpha) else gate_apply_fwd[impl]
+    return as_given(run(map_, alpha), x)
 
 
 def needs_grad(*tensors: Tensor | None) -> bool:
     return torch.is_grad_enabled() and any(t is not None and t.requires_grad for t in tensors)
-
-
-def readable(i: Inputs) -> Inputs:
-    """Maps that kernels read in place, both channels first or both channels last as x is; the rest dense."""
-    x = _layout.as_readable(i.x)
-    g = _layout.as_readable(i.g)
-    if _layout.is_channels_last(g) != _layout.is_channels_last(x):
-        g = _in_layout_of(g, x)
-    small = (None if t is None else t.contiguous() for t in i[2:])
-    return Inputs(x, g, *small)  # type: ignore[arg-type]
-
-
-def _gradient(d: Tensor, target: Tensor, x: Tensor) -> Tensor:
-    """d in the layout of its target as kernels walk it, which is x's: a g of one channel or position has both."""
-    if _layout.is_channels_last(x) and not _layout.is_channels_last(target):
-        return _in_layout_of(d, x)
-    return _layout.like(d, target)
-
-
-def _in_layout_of(g: Tensor, x: Tensor) -> Tensor:
-    """g, of other sizes than x, channels first or last as x is: one copy."""
-    if not _layout.is_channels_last(x):
-        return g.contiguous()
-    return g.movedim(1, -1).contiguous().movedim(-1, 1)

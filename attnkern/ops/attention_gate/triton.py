@@ -20,6 +20,7 @@ from torch import Tensor
 from attnkern._triton import LAUNCH, tune
 from attnkern._triton.linear import sum_rows
 from attnkern.ops.attention_gate import triton_plan as plan
+from attnkern.ops.attention_gate.normal_form import evaluate
 from attnkern.ops.attention_gate.reference import Inputs, Options
 from attnkern.ops.attention_gate.triton_backward import gate_apply_grad_kernel, gate_bwd_kernel
 from attnkern.ops.attention_gate.triton_forward import gate_apply_kernel, gate_fwd_kernel
@@ -195,6 +196,10 @@ def gate_norm_fwd(
             **LAUNCH,
         )
     return folded, shift, scale
+
+
+def attention_gate_eval(*arguments: Any) -> tuple[Tensor, Tensor]:
+    return evaluate(attention_gate_fwd, gate_norm_fwd, *arguments)
 
 
 def gate_norm_bwd(

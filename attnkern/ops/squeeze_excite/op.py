@@ -12,6 +12,7 @@ from torch import Tensor
 from torch.compiler import is_dynamo_compiling
 
 from attnkern import _autocast, _layout, _library, _select
+from attnkern._verdicts import remember
 from attnkern.ops.squeeze_excite import reference
 from attnkern.ops.squeeze_excite.checks import check_call, check_map, logits_width
 from attnkern.ops.squeeze_excite.reference import MASKED_OUT_ACTS, Options, accumulation_dtype
@@ -396,9 +397,8 @@ def _made_ready(impl: str, tensors: tuple[Any, ...]) -> Any:
 
 # ------------------------------------------------------------------ user checks
 
-_KNOWN = 256
-"""Calls, and verdicts of each, that are remembered."""
 _calls: dict[Any, Call] = {}
+"""Calls of which one has passed every check, by operator and options."""
 
 
 def _call(op: str, options: Options) -> Call:
@@ -432,13 +432,7 @@ def _judge(call: Call, impl: str, tensors: tuple[Any, ...], key: Any) -> Any:
             )
             verdict = impl, floats, ready
             if accepts is None:
-                _remember(_calls, (op, options), call)
+                remember(_calls, (op, options), call)
     if key is not None:
-        _remember(verdicts, key, verdict)
+        remember(verdicts, key, verdict)
     return verdict
-
-
-def _remember(known: dict[Any, Any], key: Any, value: Any) -> None:
-    if len(known) >= _KNOWN:
-        known.clear()
-    known[key] = value

@@ -17,7 +17,7 @@ void norm(const NormParams& p) {
   for (int64_t f = 0; f < p.hidden; ++f) {
     const A scale = in(p.gamma, f, 1) / std::sqrt(var[f] + static_cast<A>(p.eps));
     scales[f] = scale;
-    shift[f] = in(p.beta, f, 0) + scale * (in(p.bias, f, 0) - mean[f]);
+    shift[f] = in(p.onto, f, 0) + (in(p.beta, f, 0) + scale * (in(p.bias, f, 0) - mean[f]));
     for (int64_t c = 0; c < p.terms; ++c) folded[f * p.terms + c] = scale * weight[f * p.terms + c];
   }
 }

@@ -27,7 +27,8 @@ ATTNKERN_KERNEL(kNormThreads, 8) attention_gate_norm_kernel(ATTNKERN_GRID_CONSTA
     put(p.folded, f * p.terms + c, scale * vector_at(p.weight, f * p.terms + c));
   if (thread_index() > 0) return;
   put(p.scale, f, scale);
-  put(p.shift, f, vector_at(p.beta, f) + scale * (vector_at(p.bias, f) - vector_at(p.mean, f)));
+  put(p.shift, f,
+      vector_at(p.onto, f) + (vector_at(p.beta, f) + scale * (vector_at(p.bias, f) - vector_at(p.mean, f))));
 }
 
 // Computes   NormBackwardParams

@@ -104,11 +104,11 @@ struct SumsParams : Inputs {
 };
 
 // A product by weight [hidden, terms] and a norm as one product, [hidden] otherwise:
-//   scale = gamma (var + eps)^-1/2;  folded = scale weight;  shift = beta + scale (bias - mean)
+//   scale = gamma (var + eps)^-1/2;  folded = scale weight;  shift = onto + beta + scale (bias - mean)
 struct NormParams {
   DType dtype;  // of everything
   int64_t hidden, terms;
-  const void *weight, *bias, *gamma, *beta, *mean, *var;  // null: bias 0, gamma 1, beta 0
+  const void *weight, *onto, *bias, *gamma, *beta, *mean, *var;  // null: onto 0, bias 0, gamma 1, beta 0
   double eps;
   void *folded, *shift, *scale;
 };

@@ -30,10 +30,16 @@ MapOf<Pointer> map_of(Pointer data, const Tensor& t, bool last) {
 ConstMap const_map(const Tensor& t, bool last) { return map_of<const void*>(glue::data_or_null(t), t, last); }
 Map mutable_map(Tensor& t, bool last) { return t.numel() ? map_of<void*>(t.mutable_data_ptr(), t, last) : Map{}; }
 
+// The size of x [B, C, *spatial] along one of three spatial dims: of fewer, the leading ones are 1.
+int64_t spatial(const Tensor& x, int d) {
+  const int64_t at = d + x.dim() - 3;
+  return at < 2 ? 1 : x.size(at);
+}
+
 Sizes sizes_of(const Tensor& x, const std::array<int64_t, 3>& kernel, int64_t hidden) {
   Sizes n{x.size(0), x.size(1), 0, hidden, {}, {}, {}, {}};
   for (int d = 0; d < 3; ++d) {
-    n.x[d] = x.size(d + 2);
+    n.x[d] = spatial(x, d);
     n.kernel[d] = kernel[d];
     n.g[d] = n.grid[d] = n.x[d] / kernel[d];
   }
@@ -57,7 +63,7 @@ void fill(Inputs& p, const Call& c) {
   p.dtype = glue::dtype_of(c.x);
   p.sizes = sizes_of(c.x, c.kernel, c.theta.size(0));
   p.sizes.gating = c.g.size(1);
-  for (int d = 0; d < 3; ++d) p.sizes.g[d] = c.g.size(d + 2);
+  for (int d = 0; d < 3; ++d) p.sizes.g[d] = spatial(c.g, d);
   p.act = glue::parse<HiddenAct>(c.act, kActs);
   p.slope = c.slope;
   p.target = glue::parse<Target>(c.target, kTargets);
@@ -165,14 +171,16 @@ Three sums(const Tensor& dq, const Tensor& x, const Tensor& g, const Tensor& the
   return {dh, dht, dhu};
 }
 
-Three norm_forward(const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& gamma, const MaybeTensor& beta,
-                   const Tensor& mean, const Tensor& var, double eps) {
-  const int64_t hidden = weight.size(0);
+// A weight [F, ...] with a norm folded in, the bias that is left, on top of `onto`, and the norm's scale.
+Three fold(const Tensor& weight, const MaybeTensor& onto, const MaybeTensor& bias, const MaybeTensor& gamma,
+           const MaybeTensor& beta, const Tensor& mean, const Tensor& var, double eps) {
+  const int64_t hidden = mean.size(0);
   Tensor folded = glue::empty_like(weight), shift = vector(weight, hidden), scale = vector(weight, hidden);
   NormParams p{glue::dtype_of(weight),
                hidden,
-               weight.size(1),
+               weight.numel() / hidden,
                glue::data_or_null(weight),
+               glue::data_or_null(onto),
                glue::data_or_null(bias),
                glue::data_or_null(gamma),
                glue::data_or_null(beta),
@@ -184,6 +192,32 @@ Three norm_forward(const Tensor& weight, const MaybeTensor& bias, const MaybeTen
                glue::mutable_or_null(scale)};
   glue::launch("gate_norm", p, weight, {launch_norm_cpu}, {ATTNKERN_CUDA(launch_norm_cuda)});
   return {folded, shift, scale};
+}
+
+Three norm_forward(const Tensor& weight, const MaybeTensor& bias, const MaybeTensor& gamma, const MaybeTensor& beta,
+                   const Tensor& mean, const Tensor& var, double eps) {
+  return fold(weight, {}, bias, gamma, beta, mean, var, eps);
+}
+
+// forward, of a gate with norms in evaluation: those that have a mean. `before` is added before the norm.
+std::tuple<Tensor, Tensor> evaluate(
+    const Tensor& x, const Tensor& g, Tensor theta, MaybeTensor phi, MaybeTensor bias, Tensor psi, MaybeTensor psi_bias,
+    const MaybeTensor& taps, const MaybeTensor& tap_weights, const MaybeTensor& theta_before,
+    const MaybeTensor& theta_gamma, const MaybeTensor& theta_beta, const MaybeTensor& theta_mean,
+    const MaybeTensor& theta_var, double theta_eps, const MaybeTensor& phi_before, const MaybeTensor& phi_gamma,
+    const MaybeTensor& phi_beta, const MaybeTensor& phi_mean, const MaybeTensor& phi_var, double phi_eps,
+    const MaybeTensor& psi_before, const MaybeTensor& psi_gamma, const MaybeTensor& psi_beta,
+    const MaybeTensor& psi_mean, const MaybeTensor& psi_var, double psi_eps, const std::string& act, double slope,
+    int64_t k1, int64_t k2, int64_t k3, const std::string& target, bool apply) {
+  if (theta_mean)
+    std::tie(theta, bias, std::ignore) =
+        fold(theta, bias, theta_before, theta_gamma, theta_beta, *theta_mean, *theta_var, theta_eps);
+  if (phi_mean)
+    std::tie(phi, bias, std::ignore) = fold(*phi, bias, phi_before, phi_gamma, phi_beta, *phi_mean, *phi_var, phi_eps);
+  if (psi_mean)
+    std::tie(psi, psi_bias, std::ignore) =
+        fold(psi, psi_bias, psi_before, psi_gamma, psi_beta, *psi_mean, *psi_var, psi_eps);
+  return forward(x, g, theta, phi, bias, psi, psi_bias, taps, tap_weights, act, slope, k1, k2, k3, target, apply);
 }
 
 Three norm_backward(const Tensor& dq, const Tensor& dh, const Tensor& dht, const Tensor& mean, const Tensor& var,
@@ -235,6 +269,7 @@ std::tuple<Tensor, Tensor> apply_backward(const Tensor& dy, const Tensor& x, con
 
 void implement(auto& library) {
   library.impl("attention_gate_fwd.native", TORCH_BOX(&forward));
+  library.impl("attention_gate_eval.native", TORCH_BOX(&evaluate));
   library.impl("attention_gate_bwd.native", TORCH_BOX(&backward));
   library.impl("attention_gate_moments.native", TORCH_BOX(&moments));
   library.impl("attention_gate_sums.native", TORCH_BOX(&sums));
