@@ -96,6 +96,23 @@ def test_a_copy_is_called_as_its_class_is(make, shapes, option, served):
         assert str(ours.value) == str(stock.value)
 
 
+@pytest.mark.parametrize(
+    ("make", "shapes"),
+    [(copied.Attention, [(2, 9, 24), (2, 12)]), (copied.AttentionPool, [(2, 9, 24)])],
+)
+def test_results_may_be_changed_in_place(make, shapes):
+    """As a decoder's gate may do: the stock pool does not keep them for backward."""
+    model, inputs = make(), [torch.randn(shape) for shape in shapes]
+
+    def gradient(net):
+        z = net(*inputs)
+        z = z[0] if isinstance(z, tuple) else z
+        return torch.autograd.grad(z.mul_(2).square().sum(), [*net.parameters()])
+
+    for got, want in zip(gradient(optimized(model)), gradient(model), strict=True):
+        same(got, want)
+
+
 # ------------------------------------------------------------------ layers
 
 

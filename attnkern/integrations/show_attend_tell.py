@@ -77,7 +77,8 @@ def attention(module: Any, *given: Any, impl: str, **named: Any) -> Any:
     if low := _autocast.lowers_to(x):  # what autocast gives a softmax, and then a product with x
         alpha = alpha.to(torch.float32 if x.is_cuda else low)
         context = context.to(torch.promote_types(x.dtype, alpha.dtype))
-    return context, alpha
+    # the decoder may gate it in place; backward keeps the pool's own
+    return context.clone(), alpha
 
 
 RULES = (

@@ -32,7 +32,8 @@ def attention_pool(
         return type(module).forward(module, X, mask, return_att)
     keep = None if mask is None else mask != 0
     z, f = _softmax_pool.gated_pool(X, arguments, impl, mask=keep, return_scores=True)
-    return (z.squeeze(1), f.squeeze(1)) if return_att else z.squeeze(1)
+    z = z.squeeze(1).clone()  # the caller may change it in place; backward keeps the pool's own
+    return (z, f.squeeze(1)) if return_att else z
 
 
 RULES = (
