@@ -341,6 +341,16 @@ def test_bad_arguments_name_themselves(options, message):
         AttentionGate(6, **options)
 
 
+@pytest.mark.parametrize("train", [False, True], ids=["eval", "train"])
+@pytest.mark.parametrize("norm", [False, True], ids=["plain", "norm"])
+def test_gradients_lie_as_parameters_in_channels_last_do(norm, train):
+    """DDP compares the strides of dims of size 1 too."""
+    gate = AttentionGate(6, 8, norm=norm, out=True).to(memory_format=torch.channels_last)
+    gate.train(train)(*(t.float() for t in maps(2))).sum().backward()
+    for name, p in gate.named_parameters():
+        assert p.grad.stride() == p.stride(), name
+
+
 def test_a_gate_may_stand_twice():
     block = MultiAttentionGate(6, 8).eval()
     block.gate_block_2 = block.gate_block_1

@@ -276,6 +276,23 @@ def test_dry_run_optimize_twice_and_restore(name, served):
     assert all(torch.equal(a, b) for a, b in zip(gradients(model, maps), want, strict=True))
 
 
+class Around(nn.Module):
+    def __init__(self, block):
+        super().__init__()
+        self.block = block
+
+    def forward(self, g, x):
+        return self.block(g, x)
+
+
+@pytest.mark.parametrize("name", ["monai", "image segmentation"])
+def test_symbolic_tracing_sees_the_stock_layers(name):
+    model, maps = block(name)
+    traced = torch.fx.symbolic_trace(Around(optimized(model)))
+    assert any(node.target == "block.relu" for node in traced.graph.nodes)
+    torch.testing.assert_close(traced(*maps), model(*maps))
+
+
 def shared_layer():
     model = settle(copied.Attention_block(6, 6, 4))
     model.W_x[0] = model.W_g[0]

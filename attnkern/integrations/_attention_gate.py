@@ -163,7 +163,7 @@ def ready(module: nn.Module, arguments: Arguments | str, x: Any, g: Any) -> bool
     if isinstance(arguments, str):
         say_refused(module, arguments)
         return False
-    if not inlinable():
+    if not inlinable() or not (isinstance(x, Tensor) and isinstance(g, Tensor)):
         return False
     key = verdict = None
     if not is_dynamo_compiling():
@@ -172,7 +172,7 @@ def ready(module: nn.Module, arguments: Arguments | str, x: Any, g: Any) -> bool
             state = (_autocast.lowers_to(x), *[n.training for n in arguments.norms.values()])
             key = (*maps, *state, *[(t.shape, t.dtype, t.device) for t in arguments.tensors])
             verdict = arguments.verdicts.get(key)
-        except (AttributeError, TypeError):  # no tensors, or symbols for sizes
+        except TypeError:  # symbols for sizes
             key = None
     if verdict is None:
         verdict = _accepts(x, g, arguments)
@@ -181,14 +181,13 @@ def ready(module: nn.Module, arguments: Arguments | str, x: Any, g: Any) -> bool
     return verdict and not any(synchronised(norm, x) for norm in arguments.norms.values())
 
 
-def _accepts(x: Any, g: Any, a: Arguments) -> bool:
+def _accepts(x: Tensor, g: Tensor, a: Arguments) -> bool:
     """Whether the stock block would take these maps, and return x's dtype."""
     theta = a.theta_weight
     dims = theta.dim()
     for t, weight in ((x, theta), (g, a.weights["phi_weight"])):
         if (
-            not isinstance(t, Tensor)
-            or t.dim() != dims
+            t.dim() != dims
             or t.shape[1] != weight.shape[1]
             or t.numel() == 0
             or t.layout != torch.strided

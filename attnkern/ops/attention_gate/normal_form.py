@@ -40,8 +40,8 @@ def as_matrix(weight: Tensor) -> Tensor:
 
 def normal(i: Inputs) -> Inputs:
     phi = None if i.phi is None else as_matrix(i.phi)
-    x, g, theta, psi = as_map(i.x), as_map(i.g), as_matrix(i.theta), i.psi.flatten()
-    return i._replace(x=x, g=g, theta=theta, phi=phi, psi=psi)
+    psi = i.psi if i.psi.dim() == 1 else as_matrix(i.psi).flatten()
+    return i._replace(x=as_map(i.x), g=as_map(i.g), theta=as_matrix(i.theta), phi=phi, psi=psi)
 
 
 def target_of(i: Inputs, o: Options) -> Tensor:
