@@ -15,7 +15,7 @@ from attnkern import _native
 from attnkern._checks import DTYPES
 from attnkern.functional import BatchNorm, attention_gate
 from attnkern.ops.attention_gate import cases, functions, op, reference
-from attnkern.ops.attention_gate.resample import taps
+from attnkern.ops.attention_gate.resample import adjoint, resize, taps
 from attnkern.testing import as_tuple, noise_like, run
 
 
@@ -82,6 +82,30 @@ def test_taps_are_those_of_interpolate(mode, align_corners):
         torch.testing.assert_close(got, want[0, 0], rtol=1e-5, atol=1e-5, msg=f"{size} to {out}")
         assert index.min() >= 0
         assert index.max() < size
+
+
+@pytest.mark.parametrize("align_corners", [False, True])
+def test_the_gathered_gradient_of_interpolate_is_torchs(align_corners):
+    """Of every two sizes, up and down; the others have dims that differ."""
+    sizes = [((size,), (out,)) for size in (*range(1, 12), 31) for out in (*range(1, 14), 64, 99)]
+    sizes += [((5, 4), (9, 11)), ((1, 6), (3, 13)), ((3, 2, 5), (7, 2, 9)), ((4, 4, 4), (2, 8, 12))]
+    for size, out in sizes:
+        mode = ("linear", "bilinear", "trilinear")[len(size) - 1]
+        alpha = torch.randn(2, 1, *size, dtype=torch.float64, requires_grad=True)
+        d = torch.randn(2, 1, *out, dtype=torch.float64)
+        y = F.interpolate(alpha, out, mode=mode, align_corners=align_corners)
+        (want,) = torch.autograd.grad(y, alpha, d)
+        torch.testing.assert_close(adjoint(d, size, mode, align_corners), want, msg=f"{size} {out}")
+
+
+def test_only_the_cpu_takes_torchs_gradient_of_linear_interpolation():
+    """On a GPU it adds up in any order.  The meta device stands for one."""
+    for device, own in (("cpu", False), ("meta", True)):
+        alpha = torch.ones(2, 1, 3, 4, device=device, requires_grad=True)
+        y = resize(alpha, (7, 8), "bilinear", False)
+        assert (type(y.grad_fn).__name__ == "_LinearBackward") == own
+        (d,) = torch.autograd.grad(y.sum(), alpha)
+        assert d.shape == alpha.shape
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)

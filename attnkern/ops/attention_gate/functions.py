@@ -14,7 +14,7 @@ from attnkern.ops.attention_gate import checks, op
 from attnkern.ops.attention_gate.norm import BatchNorm, in_dtype, of_no_samples, track
 from attnkern.ops.attention_gate.normal_form import Evaluated, Evaluation, as_matrix
 from attnkern.ops.attention_gate.reference import Inputs, Options, accumulation_dtype
-from attnkern.ops.attention_gate.resample import taps
+from attnkern.ops.attention_gate.resample import resize, taps
 
 
 def attention_gate(
@@ -148,7 +148,7 @@ def attention_gate(
             alpha = alpha_full = q
         else:
             alpha = _alpha(q.reshape(q.shape[0], 1, *grid), gate, over_psi)
-            alpha_full = _resize(alpha, full, upsample, align_corners)
+            alpha_full = _resize(impl, alpha, full, upsample, align_corners)
         if not at_once:
             y = op.apply(impl, y if carried == target else g, alpha_full)
         if out_weight is not None:
@@ -244,11 +244,13 @@ def _alpha(q: Tensor, gate: str, psi_norm: BatchNorm | None) -> Tensor:
 
 
 def _resize(
-    alpha: Tensor, full: tuple[int, ...], upsample: str | None, align_corners: bool
+    impl: str, alpha: Tensor, full: tuple[int, ...], upsample: str | None, align_corners: bool
 ) -> Tensor:
     if tuple(alpha.shape[2:]) == full:
         return alpha
     assert upsample is not None
+    if impl != "reference":
+        return resize(alpha, full, upsample, align_corners)
     corners = None if upsample == "nearest" else align_corners
     return F.interpolate(alpha, full, mode=upsample, align_corners=corners)
 
