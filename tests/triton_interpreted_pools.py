@@ -2,19 +2,43 @@
 
 from __future__ import annotations
 
+from collections import Counter
+from itertools import pairwise
+
 import pytest
 import saturated
 import torch
-from conftest import CALLS, calls
+import triton
+import triton.language as tl
+from conftest import CALLS, Call, calls
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from triton.runtime import interpreter
 from triton_kinds import FEW, check
 
 from attnkern import testing
 from attnkern._triton import tune
 from attnkern.functional import gated_attention_pool, softmax_pool
-from attnkern.ops.softmax_pool import op, triton_plan
+from attnkern.ops.softmax_pool import op, triton_backward, triton_forward, triton_plan
+from attnkern.ops.softmax_pool.cases import ALL, SPECS, bounds, case
 from attnkern.ops.softmax_pool.reference import Inputs, Options
+from attnkern.ops.softmax_pool.triton_items import piece_of, row_of_pieces
 
 POOLS = [call for call in CALLS if call.spec.operator == "softmax_pool_fwd"]
+
+
+def take_tiles(monkeypatch, tiles=None):
+    """Tiles of 16 items and pieces of ``tiles``, or of as many as the plan wants; gives what was asked for."""
+    exact, asked = triton_plan.blocks, []
+
+    def blocks(*arguments, **options):
+        asked.append(tiles)
+        return {**exact(*arguments, **options), "BLOCK_N": 16}
+
+    monkeypatch.setattr(triton_plan, "blocks", blocks)
+    if tiles:
+        monkeypatch.setattr(triton_plan, "piece_tiles", lambda *_: tiles)
+    return asked
 
 
 @pytest.mark.parametrize("kind", FEW)
@@ -25,9 +49,10 @@ def test_every_case_within_the_budget(call, kind):
 
 @pytest.mark.parametrize("call", saturated.CALLS, ids=str)
 def test_near_saturation(call, monkeypatch):
-    """The pool of the rest in splits, too; types, weights and what is returned turn with the case."""
+    """The pool of the rest in pieces, too; types, weights and what is returned turn with the case."""
     index = saturated.CALLS.index(call)
-    monkeypatch.setattr(triton_plan, "splits", lambda *_: 1 + index % 2)
+    if index % 2:
+        take_tiles(monkeypatch, 1)
     dtype = (torch.float32, torch.float32, torch.bfloat16)[index % 3]
     returns = (saturated.ALL, ())[index // 3 % 2]
     saturated.compare_all(call, dtype, step=5, returns=returns, impl="triton")
@@ -43,35 +68,135 @@ def assert_same_scores(results, index):
     calls("pool_queries", "context_queries", "query_heads", "additive_mask", "gated_branches"),
     ids=str,
 )
-def test_any_number_of_splits_gives_the_same_pool(call, monkeypatch):
-    """Within the budget each; the scores, which no split sums, to the bit."""
-    asked, results = [], []
-    for splits in (1, 2, 3, 7):
-        monkeypatch.setattr(triton_plan, "splits", lambda *_, k=splits: asked.append(k) or k)
-        results.append(testing.compare(call.spec, call.case, call.case.inputs(), impl="triton"))
-    assert [asked.count(k) for k in (1, 2, 3, 7)] == [3] * 4, (
-        "forward, backward, its pool of the rest"
-    )
+def test_any_pieces_give_the_same_pool(call, monkeypatch):
+    """Within the budget each; the scores, which no piece sums, to the bit."""
+    results = []
+    for tiles in (1, 2, 3, 7):
+        with monkeypatch.context() as patch:
+            asked = take_tiles(patch, tiles)
+            results.append(testing.compare(call.spec, call.case, call.case.inputs(), impl="triton"))
+        assert len(asked) == 3, "forward, backward, its pool of the rest"
     assert_same_scores(results, 1 + call.case.options["returns"].index("scores"))
 
 
-@pytest.mark.parametrize(
-    "call", calls("pool_bags", "context_bags", "query_bags", "additive_bags", "gated_bags"), ids=str
+LENGTHS = (0, 0, 3, 0, 0, 117, 16, 1, 32, 0, 0)
+_BAGS = {
+    "softmax_pool": {"values": (169, 12), "scores": (3, 169)},
+    "context_attention_pool": {"x": (169, 18), "weight": (2, 18), "logit_bias": (169,)},
+    "query_attention_pool": {"x": (169, 16), "query": (11, 2, 16)},
+    "additive_attention_pool": {
+        **{"keys": (169, 6), "values": (169, 14), "query": (11, 2, 6), "v": (6,)},
+    },
+    "gated_attention_pool": {"x": (169, 21), "V": (15, 21), "U": (15, 21), "w": (2, 15)},
+}
+BAGS = [
+    Call(spec, case("long and empty bags", _BAGS[spec.name], lengths=LENGTHS, returns=ALL))
+    for spec in SPECS
+]
+
+
+@pytest.mark.parametrize("tiles", [None, 1, 2])
+@pytest.mark.parametrize("call", BAGS, ids=str)
+def test_bags_in_pieces(call, tiles, monkeypatch):
+    """Bags are empty at both ends and in a row, and one has most of the items."""
+    take_tiles(monkeypatch, tiles)
+    tensors = call.case.inputs(torch.bfloat16 if tiles == 2 else torch.float32)
+    got = testing.compare(call.spec, call.case, tensors, impl="triton")
+    empty = torch.tensor([length == 0 for length in LENGTHS])
+    assert not got.outputs[0][empty].any()
+    again = testing.run(call.spec.function, tensors, call.case.options, impl="triton")
+    for (name, one), (_, two) in zip(got.items(), again.items(), strict=True):
+        assert torch.equal(one, two), name
+
+
+def test_a_bag_has_the_same_bits_wherever_it_stands(monkeypatch):
+    take_tiles(monkeypatch, 1)
+    values, scores = torch.randn(169, 12), torch.randn(3, 169)
+    results = []
+    for step in (1, -1):
+        x, e = (
+            torch.cat(values.split(LENGTHS)[::step]),
+            torch.cat(scores.split(LENGTHS, 1)[::step], 1),
+        )
+        offsets = torch.tensor(bounds(LENGTHS[::step]))
+        z = softmax_pool(e, x, offsets=offsets, impl="triton")
+        results.append(z if step == 1 else z.flip(0))
+    assert torch.equal(*results)
+
+
+def test_no_program_has_more_than_a_piece(monkeypatch):
+    """One bag has 125 of 165 tiles: 32 programs' worth of pieces have 5 each, whoever they belong to."""
+    take_tiles(monkeypatch)
+    lengths = (*[5] * 20, 2000, *[5] * 20)
+    bags = case("", {"values": (2200, 16), "scores": (1, 2200)}, lengths=lengths)
+    loaded = {module: Counter() for module in (triton_forward, triton_backward)}
+    for module, programs in loaded.items():
+
+        def load(*arguments, exact=module.load_weights, programs=programs):
+            programs[tuple(interpreter.interpreter_builder.grid_idx)] += 1
+            return exact(*arguments)
+
+        monkeypatch.setattr(module, "load_weights", load)
+    tensors = bags.inputs()
+    tensors["scores"] *= 0.1  # no weight is a peak, whose row is pooled again
+    testing.compare(SPECS[0], bags, tensors, impl="triton")
+    forward, backward = (programs.values() for programs in loaded.values())
+    assert (max(forward), sum(forward)) == (2 * 5, 2 * 165), "logits and sums of a piece"
+    assert (max(backward), sum(backward)) == (5 + 2, 165 + 56), "and two tiles of 128 of dvalues"
+
+
+@triton.jit
+def list_pieces(out, offsets, batch, skipped, items, length):
+    piece = tl.program_id(0).to(tl.int64)
+    b, first, last, start, stop = piece_of(piece, offsets, batch, skipped, items, length)
+    _, _, first_piece = row_of_pieces(b, offsets, skipped, items, length)
+    tl.store(out + 6 * piece, b)
+    tl.store(out + 6 * piece + 1, first)
+    tl.store(out + 6 * piece + 2, last)
+    tl.store(out + 6 * piece + 3, start)
+    tl.store(out + 6 * piece + 4, stop)
+    tl.store(out + 6 * piece + 5, first_piece)
+
+
+@given(
+    lengths=st.lists(st.one_of(st.just(0), st.integers(0, 90)), min_size=1, max_size=9),
+    cut=st.tuples(st.integers(0, 500), st.integers(0, 500)),
+    length=st.integers(1, 40),
+    ragged=st.booleans(),
 )
-@pytest.mark.parametrize("splits", [2, 5])
-def test_bags_in_splits(call, splits, monkeypatch):
-    """Some bags are empty, and most splits of the others are."""
-    assert 0 in call.case.options["lengths"]
-    monkeypatch.setattr(triton_plan, "splits", lambda *_: splits)
-    got = testing.compare(call.spec, call.case, call.case.inputs(torch.bfloat16), impl="triton")
-    empty = [length == 0 for length in call.case.options["lengths"]]
-    assert not got.outputs[0][torch.tensor(empty)].any()
+@settings(max_examples=150, deadline=None)
+def test_pieces_cover_every_item_once(lengths, cut, length, ragged):
+    """Of all items of bags, or of a segment of them; of samples that are alike."""
+    batch = len(lengths)
+    skipped, end = sorted(min(n, sum(lengths)) for n in cut) if ragged else (0, lengths[0])
+    items = end - skipped
+    edges = torch.tensor(bounds(tuple(lengths)))
+    shape = triton_plan.Shape(batch, 1, items, 1, 1, 0, ragged, torch.device("cpu"))
+    pieces = triton_plan.pieces(shape, length)
+    out = torch.full((pieces, 6), -1)
+    list_pieces[pieces,](out, edges if ragged else None, batch, skipped, items, length)
+    wanted = []
+    for b in range(batch):
+        start, stop = (
+            (edges[b : b + 2] - skipped).clamp(0, items).tolist() if ragged else (0, items)
+        )
+        own = out[out[:, 0] == b].tolist()
+        count = max(1, -(-(stop - start) // length))
+        assert count <= len(own) <= count + ragged
+        assert [row[3:5] for row in own] == [[start, stop]] * len(own)
+        assert out[own[0][5], 0] == b
+        assert own[0][5] == 0 or out[own[0][5] - 1, 0] == b - 1
+        edge = [min(start + k * length, stop) for k in range(len(own) + 1)]
+        assert [row[1:3] for row in own] == [[*pair] for pair in pairwise(edge)]
+        wanted += [b] * len(own)
+    assert out[:, 0].tolist() == wanted
 
 
-@pytest.mark.parametrize("samples", [1, 2, 3])
-@pytest.mark.parametrize("call", calls("context_queries", "additive_classes"), ids=str)
-def test_samples_that_share_a_query_take_turns(call, samples, monkeypatch):
-    monkeypatch.setattr(triton_plan, "samples", lambda *_: samples)
+@pytest.mark.parametrize("groups", [1, 2, 3])
+@pytest.mark.parametrize("call", [*calls("context_queries", "additive_classes"), BAGS[1]], ids=str)
+def test_pieces_that_share_a_query_take_turns(call, groups, monkeypatch):
+    take_tiles(monkeypatch, 1)
+    monkeypatch.setattr(triton_plan, "groups", lambda *_: groups)
     testing.compare(call.spec, call.case, call.case.inputs(), impl="triton")
 
 

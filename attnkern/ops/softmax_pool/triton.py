@@ -1,6 +1,6 @@
 """softmax_pool in Triton, the portable GPU path: launchers of the kernels beside it.
 
-Forward: pool (scores, maximum and sum, z of a split of the items), merge where there are splits.
+Forward: pool (scores, maximum and sum, z of a piece of the items), merge of rows in several pieces.
 Backward: pool and merge again, of rows with a peak without that item; delta, of every row; weights (p,
 de and dq), items (dvalues, dkeys); for the gated scorer, a segment of items at a time, hidden_grad
 (da, db, h), items and outer (dV, dU, dw).  Partial sums are added in a fixed order, so results repeat
@@ -19,7 +19,11 @@ from attnkern._triton import LAUNCH, tune
 from attnkern._triton.linear import sum_rows
 from attnkern.ops.softmax_pool import triton_plan as plan
 from attnkern.ops.softmax_pool.reference import Inputs, Options
-from attnkern.ops.softmax_pool.triton_backward import items_kernel, weights_kernel
+from attnkern.ops.softmax_pool.triton_backward import (
+    items_kernel,
+    sum_pieces_kernel,
+    weights_kernel,
+)
 from attnkern.ops.softmax_pool.triton_delta import delta_kernel
 from attnkern.ops.softmax_pool.triton_forward import merge_kernel, pool_kernel
 from attnkern.ops.softmax_pool.triton_gated import HiddenGrad
@@ -42,6 +46,7 @@ def _scorer(
         "scores": scores,
         "bias": i.bias,
         "offsets": i.offsets,
+        "batch": shape.batch,
         **shape.sizes,
         "units": shape.units,
         "scale": o.scale,
@@ -57,8 +62,8 @@ def _scorer(
     }
 
 
-def _programs(shape: plan.Shape, block: dict[str, int], rows: int) -> tuple[int]:
-    return (rows * triton.cdiv(shape.queries, block["BLOCK_M"]),)
+def _programs(shape: plan.Shape, block: dict[str, int], pieces: int) -> tuple[int]:
+    return (pieces * shape.heads * triton.cdiv(shape.queries, block["BLOCK_M"]),)
 
 
 # ------------------------------------------------------------------ forward
@@ -95,29 +100,32 @@ def _pool(
 ) -> None:
     """Scores (but given ones), z, top and lse; with ``whole``, top of all, of the rest, and its peaks."""
     block = plan.blocks(i, shape)
-    splits = plan.splits(i, shape, block, shape.batch * shape.heads)
-    partial = largest = total = None
-    if splits > 1:
-        partial = z.new_empty(splits, *z.shape)
-        largest, total = z.new_empty(2, splits, *z.shape[:3])
-    pool_kernel[_programs(shape, block, shape.batch * shape.heads * splits)](
+    tiles = plan.piece_tiles(i, shape, block)
+    length = tiles * block["BLOCK_N"]
+    pieces = plan.pieces(shape, length)
+    partial, largest, total = z, top, top  # none are written where every row is one piece
+    if pieces > shape.batch:
+        partial = z.new_empty(pieces, *z.shape[1:])
+        largest, total = z.new_empty(2, pieces, *z.shape[1:3])
+    pool_kernel[_programs(shape, block, pieces)](
         **_scorer(i, o, shape, scores, block),
-        z=z if partial is None else partial,
+        z=z,
         lse=lse,
         top=top,
         whole=whole,
         peaks=peaks,
+        partial=partial,
         largest_out=largest,
         total_out=total,
-        splits=splits,
+        tiles=tiles,
     )
-    if partial is not None:
-        count, block_d = z[..., 0].numel(), plan.power(shape.features, 16, 64)
-        merge_kernel[count, triton.cdiv(shape.features, block_d)](
-            *(partial, largest, total, z, lse, top, count, shape.features, splits),
-            BLOCK_S=16,
-            BLOCK_D=block_d,
-            **LAUNCH,
+    if pieces > shape.batch:
+        block = plan.merge_blocks(shape, length, shape.features)
+        merge_kernel[z[..., 0].numel(), triton.cdiv(shape.features, block["BLOCK_D"])](
+            *(partial, largest, total, z, lse, top, i.offsets),
+            **shape.sizes,
+            length=length,
+            **{**LAUNCH, **block},
         )
 
 
@@ -219,16 +227,16 @@ def _weights_grad(
     dw: Tensor | None,
 ) -> None:
     block = plan.blocks(i, shape, backward=True)
-    samples = 1
-    if (dquery is not None or dw is not None) and i.query is not None and i.query.shape[0] == 1:
-        samples = plan.samples(shape, block)
-    groups = triton.cdiv(shape.batch, samples)
-    splits = plan.splits(i, shape, block, groups * shape.heads)
-    programs = _programs(shape, block, groups * shape.heads * splits)
-    parts = dw_parts = None
+    tiles = plan.piece_tiles(i, shape, block)
+    length = tiles * block["BLOCK_N"]
+    pieces = plan.pieces(shape, length)
+    groups = parts = dw_parts = None
     if dquery is not None or dw is not None:
         assert i.query is not None
-        parts = top.new_empty(splits * (groups if i.query.shape[0] == 1 else 1), *i.query.shape)
+        if i.query.shape[0] == 1:
+            groups = plan.groups(shape, block, pieces)
+        parts = top.new_empty(pieces if groups is None else groups, *i.query.shape[1:])
+    programs = _programs(shape, block, pieces if parts is None else parts.shape[0])
     if dw is not None:
         dw_parts = top.new_empty(programs[0], shape.units)
     weights_kernel[programs](
@@ -238,12 +246,19 @@ def _weights_grad(
         dz=dz,
         dquery=parts,
         dw=dw_parts,
-        batch=shape.batch,
-        splits=splits,
-        samples=samples,
+        tiles=tiles,
+        pieces=pieces,
+        groups=groups,
     )
     if parts is not None and dquery is not None and dquery.numel():
-        sum_rows(parts.flatten(1), dquery)
+        if groups is not None:
+            sum_rows(parts.flatten(1), dquery)
+        else:
+            cols = dquery[0].numel()
+            block = plan.merge_blocks(shape, length, cols)
+            sum_pieces_kernel[shape.batch * triton.cdiv(cols, block["BLOCK_D"]),](
+                *(parts, dquery, i.offsets, cols, shape.items, length), **{**LAUNCH, **block}
+            )
     if dw_parts is not None and dw is not None:
         sum_rows(dw_parts, dw)
 
@@ -264,7 +279,6 @@ def _items_grad(
     weights = de if p is None else p
     assert weights is not None
     features = x.shape[3]
-    rows = shape.batch * shape.heads
     arguments = {
         **plan.strided("x", x),
         **plan.strided("dx", dx),
@@ -275,6 +289,7 @@ def _items_grad(
         "query": i.query,
         "w": i.w,
         "offsets": i.offsets,
+        "batch": shape.batch,
         **shape.sizes,
         "features": features,  # of keys, these may be others than the values'
         "units": shape.units,
@@ -289,9 +304,10 @@ def _items_grad(
     }
 
     def launch(block: dict[str, int]) -> None:
-        splits = plan.item_splits(shape, block)
-        grid = rows * splits, triton.cdiv(features, block["BLOCK_F"])
-        items_kernel[grid](**arguments, splits=splits, **{**LAUNCH, **block})
+        tiles = plan.item_tiles(shape)
+        pieces = plan.pieces(shape, tiles * block["BLOCK_N"])
+        grid = pieces * shape.heads, triton.cdiv(features, block["BLOCK_F"])
+        items_kernel[grid](**arguments, tiles=tiles, **{**LAUNCH, **block})
 
     candidates = plan.spread(x, shape, o.scorer)
     block = candidates[0]

@@ -15,8 +15,9 @@ from attnkern.ops.softmax_pool.triton_items import (
     load_weights,
     logits,
     over_items,
+    piece_of,
+    row_of_pieces,
     score,
-    span,
     times_items,
 )
 
@@ -89,7 +90,7 @@ def query_grad(
                 accumulate(dw + k, sum_rows_of_tile(acc_w), in_k, repeated)
 
 
-@triton.jit(do_not_specialize=["batch", "heads", "queries", "splits", "samples"])
+@triton.jit(do_not_specialize=["batch", "heads", "queries", "tiles", "pieces", "groups"])
 def weights_kernel(
     values,
     keys,
@@ -119,8 +120,9 @@ def weights_kernel(
     queries,
     features,
     units,
-    splits,
-    samples,
+    tiles,
+    pieces,
+    groups,
     scale,
     values_batch,
     values_head,
@@ -145,10 +147,10 @@ def weights_kernel(
 ):
     """
     Computes  p = softmax(l), dl = p (dz . v - delta), de = scale dl + dscores but those of the peaks,
-              and over a split of the items dq (and additive dw)
-    Layout    p, de, dl [B, H, M, N], dq [splits, B, H, M, K] float32; where samples share the query
-              [splits, programs over samples, H, M, K], ``samples`` of them a program, in order
-    Mapping   a program owns one split and BLOCK_M queries of a row, or of ``samples`` rows
+              and over its pieces dq (and additive dw)
+    Layout    p, de, dl [B, H, M, N], dq [groups, H, M, K] float32
+    Mapping   a program owns a piece, a head and BLOCK_M queries; with ``groups``, where samples share
+              the query, all pieces that it gets when groups take them in turn
     Traffic   x from memory once; again from L1 or L2 for scores and dq where they need it, and
               for each block of hidden units
     Numerics  float32, tiles in order; de passes in memory, at a barrier
@@ -158,15 +160,18 @@ def weights_kernel(
     m0 = (pid % blocks) * BLOCK_M
     m = m0 + tl.arange(0, BLOCK_M)
     in_m = m < queries
-    split = (pid // blocks) % splits
-    group = pid // blocks // splits // heads
-    h = pid // blocks // splits % heads
+    h = pid // blocks % heads
+    group = pid // blocks // heads
     rows = tl.cast(batch, tl.int64) * heads * queries
-    for b in range(group * samples, tl.minimum((group + 1) * samples, batch)):
+    length = tl.cast(tiles, tl.int64) * BLOCK_N
+    end, step = group + 1, 1
+    if groups is not None:
+        end, step = tl.cast(pieces, tl.int64), groups
+    for piece in range(group, end, step):
+        b, first, last, _, _ = piece_of(piece, offsets, batch, 0, items, length)
         row = (b * heads + h) * queries
         sample = b if offsets is None else b * 0
         row_n = (sample * heads + h) * queries * items
-        first, last = span(offsets, b, split, splits, 0, items, BLOCK_N)
         row_values = values + sample * values_batch + h * values_head
         row_bias, row_keys, row_query, row_c = bias, keys, query, c
         if bias is not None:
@@ -212,18 +217,44 @@ def weights_kernel(
                 tl.store(de_out + places, de, mask=valid)
         if dquery is not None:
             tl.debug_barrier()
-            part = (split * tl.cdiv(batch, samples) + group) * heads + h
             program_dw = dw
             if dw is not None:
                 program_dw += pid * units
             query_grad(
                 first, last, m0, m, in_m, row_keys, keys_item, keys_feature, row_query, w,
-                de_out + row_n, dquery + part * queries * units, program_dw, b > group * samples,
+                de_out + row_n, dquery + pid // blocks * queries * units, program_dw, piece > group,
                 items, queries, units, SCORER, ACT, EXACT, BLOCK_M, BLOCK_N, BLOCK_K,
             )  # fmt: skip
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "splits", "skipped"])
+@triton.jit(do_not_specialize=["items", "length"])
+def sum_pieces_kernel(
+    parts, out, offsets, cols, items, length, BLOCK_S: tl.constexpr, BLOCK_D: tl.constexpr
+):
+    """
+    Computes  out = sum of the parts of a row's pieces
+    Layout    parts [pieces, cols], out [B, cols] float32
+    Mapping   a program owns one sample or bag and BLOCK_D columns
+    Traffic   parts once
+    Numerics  float32, pieces in order
+    """
+    blocks = tl.cdiv(cols, BLOCK_D)
+    b = tl.program_id(0).to(tl.int64) // blocks
+    d = tl.program_id(0).to(tl.int64) % blocks * BLOCK_D + tl.arange(0, BLOCK_D)
+    start, stop, piece = row_of_pieces(b, offsets, 0, items, length)
+    pieces = tl.maximum(tl.cdiv(stop - start, length), 1)
+    acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+    for s0 in range(0, pieces, BLOCK_S):
+        s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
+        acc += tl.load(
+            parts + (piece + s)[:, None] * cols + d[None, :],
+            mask=(s < pieces)[:, None] & (d < cols)[None, :],
+            other=0.0,
+        )
+    tl.store(out + b * cols + d, sum_rows_of_tile(acc), mask=d < cols)
+
+
+@triton.jit(do_not_specialize=["batch", "heads", "queries", "tiles", "skipped"])
 def items_kernel(
     x,
     p,
@@ -237,12 +268,13 @@ def items_kernel(
     U,
     offsets,
     dx,
+    batch,
     heads,
     items,
     queries,
     features,
     units,
-    splits,
+    tiles,
     skipped,
     x_batch,
     x_head,
@@ -268,19 +300,18 @@ def items_kernel(
     Computes  dx = sum_m p dz, plus what the scorer adds to its keys: sum_m de q (dot),
               sum_m de w act'(x + q) (additive), V^T da + U^T db (gated)
     Layout    dx like x; p, de [B, H, M, N] strided, da, db [B N, K] float32
-    Mapping   a program owns one split of a row's items and BLOCK_F features
+    Mapping   a program owns one piece of a row's items and BLOCK_F features
     Traffic   writes dx once; reads x for the additive scorer alone
     Numerics  float32, queries and hidden units in order: tiles do not change a bit
     """
     f = tl.program_id(1).to(tl.int64) * BLOCK_F + tl.arange(0, BLOCK_F)
     in_f = f < features
     pid = tl.program_id(0).to(tl.int64)
-    split = pid % splits
-    row = pid // splits
-    b = row // heads
-    h = row % heads
+    h = pid % heads
+    length = tl.cast(tiles, tl.int64) * BLOCK_N
+    b, first, last, _, _ = piece_of(pid // heads, offsets, batch, skipped, items, length)
+    row = b * heads + h
     sample = b if offsets is None else b * 0
-    first, last = span(offsets, b, split, splits, skipped, items, BLOCK_N)
     row_weights = sample * weights_batch + h * weights_head
     for n0 in range(first, last, BLOCK_N):
         n = n0 + tl.arange(0, BLOCK_N).to(tl.int64)

@@ -13,8 +13,9 @@ from attnkern.ops.softmax_pool.triton_items import (
     load_weights,
     logits,
     over_items,
+    piece_of,
+    row_of_pieces,
     score,
-    span,
 )
 
 _PEAKED, _PEAK = tl.constexpr(PEAKED), tl.constexpr(PEAK)
@@ -50,7 +51,7 @@ def peak_bounds(whole, row, rows, valid):
     return tl.where(peaked, largest - tl.log(tl.where(peaked, weight, 1.0) / _PEAK), float("inf"))
 
 
-@triton.jit(do_not_specialize=["heads", "queries", "splits"])
+@triton.jit(do_not_specialize=["batch", "heads", "queries", "tiles"])
 def pool_kernel(
     values,
     keys,
@@ -69,14 +70,16 @@ def pool_kernel(
     top,
     whole,
     peaks,
+    partial,
     largest_out,
     total_out,
+    batch,
     heads,
     items,
     queries,
     features,
     units,
-    splits,
+    tiles,
     scale,
     values_batch,
     values_head,
@@ -100,11 +103,12 @@ def pool_kernel(
     BLOCK_K: tl.constexpr,
 ):
     """
-    Computes  e, l = scale e + bias, and over a split of the items max l, sum exp(l - max) and
-              z = sum_n exp(l - max) v[n]; with one split lse, top and z themselves.  With ``whole``
-              the pool of the rest (csrc/ops/softmax_pool/params.h) of the rows that have a peak
-    Layout    scores [B, H, M, N] float32: given, or written; z [splits, B, H, M, D]
-    Mapping   a program owns one row, one split and BLOCK_M queries: scores of the split, then their
+    Computes  e, l = scale e + bias, and over a piece of a row max l, sum exp(l - max) and
+              z = sum_n exp(l - max) v[n]; where that is all of the row lse, top and z themselves.
+              With ``whole`` the pool of the rest (csrc/ops/softmax_pool/params.h) of the rows that
+              have a peak
+    Layout    scores [B, H, M, N] float32: given, or written; z [B, H, M, D], partial [pieces, H, M, D]
+    Mapping   a program owns one piece, head and BLOCK_M queries: scores of the piece, then their
               maximum and sum, then z by blocks of features
     Traffic   x from memory once; again from L1 or L2 for z where scores are made of x too, and for
               each block of hidden units
@@ -114,18 +118,17 @@ def pool_kernel(
     pid = tl.program_id(0).to(tl.int64)
     m0 = (pid % blocks) * BLOCK_M
     m = m0 + tl.arange(0, BLOCK_M)
-    split = (pid // blocks) % splits
-    row = pid // blocks // splits
-    b = row // heads
-    h = row % heads
+    h = pid // blocks % heads
+    length = tl.cast(tiles, tl.int64) * BLOCK_N
+    b, first, last, start, stop = piece_of(pid // blocks // heads, offsets, batch, 0, items, length)
+    row = b * heads + h
     sample = b if offsets is None else b * 0
-    in_m = m < queries
-    first, last = span(offsets, b, split, splits, 0, items, BLOCK_N)
+    in_m = m < tl.where((first < last) | (start == stop), queries, 0)  # none of a piece too many
     values += sample * values_batch + h * values_head
     scores += (sample * heads + h) * queries * items
     if bias is not None:
         bias += sample * bias_batch + h * bias_head
-    rows = tl.num_programs(0).to(tl.int64) // blocks // splits * queries
+    rows = tl.cast(batch, tl.int64) * heads * queries
     if whole is not None:
         bound = peak_bounds(whole, row * queries + m, rows, in_m)
         last = tl.where(tl.min(bound, axis=0) < float("inf"), last, first)
@@ -166,12 +169,13 @@ def pool_kernel(
         total = total * tl.exp(largest - base) + tl.sum(tl.exp(l - base[:, None]), axis=1)
         largest = new
 
-    row_out = split * rows + row * queries + m
-    if largest_out is not None:
+    alone = stop - start <= length
+    row_out = tl.where(alone, row, pid // blocks) * queries + m
+    if alone:
+        store_row(lse, top, row_out, rows, base, total, in_m)
+    else:
         tl.store(largest_out + row_out, largest, mask=in_m)
         tl.store(total_out + row_out, total, mask=in_m)
-    else:
-        store_row(lse, top, row_out, rows, base, total, in_m)
     for d0 in range(0, features, BLOCK_D):
         d = d0 + tl.arange(0, BLOCK_D).to(tl.int64)
         acc = tl.zeros([BLOCK_N if BLOCK_M == 1 else BLOCK_M, BLOCK_D], tl.float32)
@@ -184,16 +188,16 @@ def pool_kernel(
             tile = load_items(values, n * values_item, n < last, d, features, values_feature)
             acc = add_weighted(tl.exp(l - base[:, None]), tile.to(tl.float32), acc, EXACT)
         out = over_items(acc, BLOCK_M)
-        if largest_out is None:
+        places = row_out[:, None] * features + d[None, :]
+        valid = in_m[:, None] & (d < features)[None, :]
+        if alone:
             out = tl.where((total == 0)[:, None], 0.0, out / _divisor(total)[:, None])
-        tl.store(
-            z + row_out[:, None] * features + d[None, :],
-            out.to(z.dtype.element_ty),
-            mask=in_m[:, None] & (d < features)[None, :],
-        )
+            tl.store(z + places, out, mask=valid)
+        else:
+            tl.store(partial + places, out, mask=valid)
 
 
-@triton.jit(do_not_specialize=["rows", "splits"])
+@triton.jit(do_not_specialize=["heads", "items", "queries", "length"])
 def merge_kernel(
     partial,
     largest_in,
@@ -201,44 +205,54 @@ def merge_kernel(
     z,
     lse,
     top,
-    rows,
+    offsets,
+    heads,
+    items,
+    queries,
     features,
-    splits,
+    length,
     BLOCK_S: tl.constexpr,
     BLOCK_D: tl.constexpr,
 ):
     """
     Computes  lse = log sum_s total_s exp(max_s - max) + max, top,  z = sum_s exp(max_s - lse) partial_s
-    Layout    partial [splits, rows, D], max and total [splits, rows] float32; rows = B H M
+              of the rows that have several pieces s
+    Layout    partial [pieces, H, M, D], max and total [pieces, H, M] float32; z [B, H, M, D]
     Mapping   a program owns one row and BLOCK_D features
     Traffic   partial once
-    Numerics  float32, splits in order
+    Numerics  float32, pieces in order
     """
     row = tl.program_id(0).to(tl.int64)
     d = tl.program_id(1).to(tl.int64) * BLOCK_D + tl.arange(0, BLOCK_D)
-    largest = tl.full([BLOCK_S], float("-inf"), tl.float32)
-    for s0 in range(0, splits, BLOCK_S):
-        s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
-        here = tl.load(largest_in + s * rows + row, mask=s < splits, other=float("-inf"))
-        largest = tl.maximum(largest, here)
-    base = tl.max(largest, axis=0)
-    base = tl.where(base == float("-inf"), 0.0, base)
-    sums = tl.zeros([BLOCK_S], tl.float32)
-    acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
-    for s0 in range(0, splits, BLOCK_S):
-        s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
-        in_s = s < splits
-        here = tl.load(largest_in + s * rows + row, mask=in_s, other=float("-inf"))
-        share = tl.exp(here - base)
-        sums += share * tl.load(total_in + s * rows + row, mask=in_s, other=0.0)
-        tile = tl.load(
-            partial + (s[:, None] * rows + row) * features + d[None, :],
-            mask=in_s[:, None] & (d < features)[None, :],
-            other=0.0,
-        )
-        acc += share[:, None] * tile
-    total = tl.sum(sums, axis=0)
-    out = tl.where(total == 0, 0.0, sum_rows_of_tile(acc) / _divisor(total))
-    tl.store(z + row * features + d, out.to(z.dtype.element_ty), mask=d < features)
-    if tl.program_id(1) == 0:
-        store_row(lse, top, row, tl.cast(rows, tl.int64), base, total, total == total)
+    rows = tl.cast(heads, tl.int64) * queries  # of a piece
+    start, stop, piece = row_of_pieces(row // rows, offsets, 0, items, length)
+    pieces = tl.cdiv(stop - start, length)
+    if pieces > 1:
+        place = piece * rows + row % rows
+        largest = tl.full([BLOCK_S], float("-inf"), tl.float32)
+        for s0 in range(0, pieces, BLOCK_S):
+            s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
+            here = tl.load(largest_in + place + s * rows, mask=s < pieces, other=float("-inf"))
+            largest = tl.maximum(largest, here)
+        base = tl.max(largest, axis=0)
+        base = tl.where(base == float("-inf"), 0.0, base)
+        sums = tl.zeros([BLOCK_S], tl.float32)
+        acc = tl.zeros([BLOCK_S, BLOCK_D], tl.float32)
+        for s0 in range(0, pieces, BLOCK_S):
+            s = s0 + tl.arange(0, BLOCK_S).to(tl.int64)
+            in_s = s < pieces
+            here = tl.load(largest_in + place + s * rows, mask=in_s, other=float("-inf"))
+            share = tl.exp(here - base)
+            sums += share * tl.load(total_in + place + s * rows, mask=in_s, other=0.0)
+            tile = tl.load(
+                partial + (place + s * rows)[:, None] * features + d[None, :],
+                mask=in_s[:, None] & (d < features)[None, :],
+                other=0.0,
+            )
+            acc += share[:, None] * tile
+        total = tl.sum(sums, axis=0)
+        out = tl.where(total == 0, 0.0, sum_rows_of_tile(acc) / _divisor(total))
+        tl.store(z + row * features + d, out, mask=d < features)
+        if tl.program_id(1) == 0:
+            all_rows = tl.num_programs(0).to(tl.int64)
+            store_row(lse, top, row, all_rows, base, total, total == total)

@@ -23,18 +23,45 @@ from attnkern._triton.product import (
 
 
 @triton.jit
-def span(offsets, b, split, splits, skipped, items, BLOCK_N: tl.constexpr):
-    """First item of a split of row b and the item after its last; ``skipped`` items precede these."""
-    start = tl.cast(0, tl.int64)
-    stop = tl.cast(items, tl.int64)
-    if offsets is not None:
-        size = stop
-        start = tl.minimum(tl.maximum(tl.load(offsets + b) - skipped, start), size)
-        stop = tl.minimum(tl.maximum(tl.load(offsets + (b + 1)) - skipped, start), size)
-    tiles = (stop - start + BLOCK_N - 1) // BLOCK_N
-    chunk = ((tiles + splits - 1) // splits) * BLOCK_N
-    first = tl.minimum(start + split * chunk, stop)
-    return first, tl.minimum(first + chunk, stop)
+def bag_start(offsets, b, skipped, items):
+    """First item of bag b among ``items`` of all bags that ``skipped`` others precede."""
+    return tl.minimum(tl.maximum(tl.load(offsets + b) - skipped, 0), items)
+
+
+@triton.jit
+def row_of_pieces(b, offsets, skipped, items, length):
+    """First item of row b and the one after its last, and its first piece.
+
+    A row has ceil(items / length) pieces, an empty one has one.  A bag has a place, and one more for
+    each multiple of ``length`` that it passes: that is enough, and leaves one empty at most.
+    """
+    start, stop = tl.cast(0, tl.int64), tl.cast(items, tl.int64)
+    if offsets is None:
+        piece = b * tl.maximum(tl.cdiv(stop, length), 1)
+    else:
+        start = bag_start(offsets, b, skipped, stop)
+        stop = bag_start(offsets, b + 1, skipped, stop)
+        piece = b + start // length
+    return start, stop, piece
+
+
+@triton.jit
+def piece_of(piece, offsets, batch, skipped, items, length):
+    """Row of a piece, its first item and the one after its last, and those of the row."""
+    if offsets is None:
+        b = piece // tl.maximum(tl.cdiv(tl.cast(items, tl.int64), length), 1)
+    else:
+        b = piece * 0  # the last bag whose first piece is at most this
+        last = b + batch - 1
+        while b < last:
+            middle = (b + last + 1) // 2
+            start = bag_start(offsets, middle, skipped, tl.cast(items, tl.int64))
+            found = start < (piece - middle + 1) * length
+            b = tl.where(found, middle, b)
+            last = tl.where(found, last, middle - 1)
+    start, stop, first_piece = row_of_pieces(b, offsets, skipped, items, length)
+    first = tl.minimum(start + (piece - first_piece) * length, stop)
+    return b, first, tl.minimum(first + length, stop), start, stop
 
 
 @triton.jit

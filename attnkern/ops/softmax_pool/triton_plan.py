@@ -1,4 +1,4 @@
-"""What the Triton launchers of softmax_pool choose from a shape: blocks, splits, segments."""
+"""What the Triton launchers of softmax_pool choose from a shape: blocks, pieces, segments."""
 
 from __future__ import annotations
 
@@ -112,31 +112,47 @@ def _matrix_blocks(x: Tensor, shape: Shape, step: str) -> dict[str, int]:
 
 
 SPAN_BYTES = 64 << 10
-"""Items of a split whose program reads them twice: four programs a processor on 132 of them then
+"""Items of a piece whose program reads them twice: four programs a processor on 132 of them then
 hold 35 MB, within an H100's L2 of 50 MB (an estimate, not measured)."""
 
 
-def splits(i: Inputs, shape: Shape, block: dict[str, int], rows: int) -> int:
-    """Splits of the items of each of ``rows`` rows.
+def piece_tiles(i: Inputs, shape: Shape, block: dict[str, int]) -> int:
+    """Tiles of the pieces that samples, or all bags alike, are cut into.
 
-    Four programs a processor have work, and what is read again is still in cache; a split has 16
+    Four programs a processor have work, and what is read again is still in cache; a piece has 16
     items a query at least, so that its partial sums take an eighth of 16-bit items at most.
     """
-    items = triton.cdiv(shape.items, max(1, shape.batch)) if shape.ragged else shape.items
-    programs = max(1, rows * triton.cdiv(shape.queries, block["BLOCK_M"]))
-    wanted = triton.cdiv(4 * processors(shape.device), programs)
+    rows = _rows(shape, block) * (1 if shape.ragged else shape.batch)
+    wanted = triton.cdiv(4 * processors(shape.device), max(1, rows))
     if shape.units:
         width = shape.features + (shape.units if i.keys is not None else 0)
         cached = SPAN_BYTES // (width * i.values.element_size())
-        wanted = max(wanted, triton.cdiv(items, max(block["BLOCK_N"], cached, 16 * shape.queries)))
-    return max(1, min(wanted, triton.cdiv(shape.items, block["BLOCK_N"])))
+        least = max(block["BLOCK_N"], cached, 16 * shape.queries)
+        wanted = max(wanted, triton.cdiv(shape.items, least))
+    return max(1, triton.cdiv(triton.cdiv(shape.items, block["BLOCK_N"]), wanted))
 
 
-def samples(shape: Shape, block: dict[str, int]) -> int:
-    """Samples a program takes in turn where all share a query, so that partial sums stay few."""
-    rows = shape.heads * triton.cdiv(shape.queries, block["BLOCK_M"])
-    programs = max(1, 4 * processors(shape.device) // rows)
-    return max(1, triton.cdiv(shape.batch, programs))
+def pieces(shape: Shape, length: int) -> int:
+    """Pieces of all samples, or as many as bags of any lengths have (`row_of_pieces`)."""
+    if shape.ragged:
+        return shape.batch + shape.items // length if shape.batch else 0
+    return shape.batch * max(1, triton.cdiv(shape.items, length))
+
+
+def groups(shape: Shape, block: dict[str, int], pieces: int) -> int:
+    """Programs that take the pieces in turn where all share a query, so that partial sums stay few."""
+    return min(pieces, max(1, 4 * processors(shape.device) // _rows(shape, block)))
+
+
+def merge_blocks(shape: Shape, length: int, features: int) -> dict[str, int]:
+    """Tiles of the partial sums of a row: where one may have many pieces, more of them, as each step waits."""
+    s = power(triton.cdiv(shape.items, length), 16, 64)
+    return {"BLOCK_S": s, "BLOCK_D": power(features, 16, 1024 // s)}
+
+
+def _rows(shape: Shape, block: dict[str, int]) -> int:
+    """Programs that share a piece."""
+    return shape.heads * triton.cdiv(shape.queries, block["BLOCK_M"])
 
 
 def segments(shape: Shape, x: Tensor) -> list[Segment]:
@@ -184,10 +200,9 @@ def spread(x: Tensor, shape: Shape, scorer: str) -> list[dict[str, int]]:
     ]
 
 
-def item_splits(shape: Shape, block: dict[str, int]) -> int:
-    """A tile a program; of bags, whose lengths only the device knows, two tiles on average."""
-    tiles = triton.cdiv(shape.items, block["BLOCK_N"])
-    return max(1, triton.cdiv(tiles, 2 * shape.batch) if shape.ragged and shape.batch else tiles)
+def item_tiles(shape: Shape) -> int:
+    """A tile a program, or two of a bag's, for which it has to search."""
+    return 2 if shape.ragged else 1
 
 
 def hidden_blocks(i: Inputs, shape: Shape) -> dict[str, int]:
