@@ -198,10 +198,11 @@ def expected(
 ) -> Expected:
     """Eager in the tensors' own dtype, and in float64 on the CPU.
 
-    Eager's error is what it misses the oracle by, plus what the oracle moves by when every input moves
-    by one rounding of the accumulation type; in float32 the largest miss at those moved inputs too,
-    since one draw may be next to nothing by luck.  In float64 eager is the oracle; its error is then
-    float32's for the same values, scaled by the ratio of the two roundings.
+    Eager's error is the largest by which it misses the oracle at the inputs and at four more, moved by
+    one rounding of their own types, since one draw of a small sum may be next to nothing by luck; plus
+    what the oracle moves by when every input moves by one rounding of the accumulation type.  In float64
+    eager is the oracle; its error is then float32's for the same values, scaled by the ratio of the two
+    roundings.
     """
     eager, oracle = _eager_and_oracle(spec, case, tensors, grad_outputs)
     scale, measured = 1.0, (eager, oracle)
@@ -213,15 +214,14 @@ def expected(
     missed = _missed(*measured)
     moved = dict.fromkeys(missed, 0.0)
     single = all(t.dtype == torch.float32 for t in (*tensors.values(), *grad_outputs))
-    for seed in range(4):  # a small sum may not move by luck: the largest of a few
-        near = {name: _nudge(t, seed) for name, t in double(tensors).items()}
-        near_grads = [_nudge(g.double().cpu(), seed) for g in grad_outputs]
-        if single:
-            near = {name: t.float() for name, t in near.items()}
-            near_grads = [g.float() for g in near_grads]
-            drawn, nudged = _eager_and_oracle(spec, case, near, near_grads)
-            missed = _largest(missed, _missed(drawn, nudged))
-        else:
+    for seed in range(4):
+        near = {name: _nudge(t, seed) for name, t in tensors.items()}
+        near_grads = [_nudge(g, seed) for g in grad_outputs]
+        drawn, nudged = _eager_and_oracle(spec, case, near, near_grads)
+        missed = _largest(missed, _missed(drawn, nudged))
+        if not single:
+            near = {name: _nudge(t, seed) for name, t in double(tensors).items()}
+            near_grads = [_nudge(g.double().cpu(), seed) for g in grad_outputs]
             nudged = run(spec.oracle or spec.eager, near, case.options, near_grads)
         moved = _largest(moved, _missed(nudged, measured[1]))
     return Expected(eager, oracle, {name: scale * (missed[name] + moved[name]) for name in missed})
@@ -247,10 +247,11 @@ def _eager_and_oracle(
 
 
 def _nudge(t: Tensor, seed: int) -> Tensor:
-    """Every element one float32 rounding up or down, seeded."""
+    """Every element one rounding of its type, or of float32, up or down, seeded."""
     generator = torch.Generator().manual_seed(seed)
-    signs = torch.randint(0, 2, t.shape, generator=generator) * 2 - 1
-    return t * (1 + torch.finfo(torch.float32).eps * signs)
+    signs = (torch.randint(0, 2, t.shape, generator=generator) * 2 - 1).to(t.device)
+    step = max(torch.finfo(t.dtype).eps, torch.finfo(torch.float32).eps)
+    return (t.double() * (1 + step * signs)).to(t.dtype)
 
 
 def noise_like(outputs: Sequence[Tensor], seed: int = 1) -> list[Tensor]:

@@ -1,17 +1,16 @@
 """Gates in data parallelism, two processes: optimized before or after wrapping they train as the stock network does."""
 
-import os
 import warnings
 
 import gate_modules as copied
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from gate_blocks import settle
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import rank_of_two
 
 import attnkern
 from attnkern.nn import AttentionGate
@@ -72,10 +71,7 @@ def _train(kind, optimized, channels_last, rank):
 
 
 def _worker(rank, folder):
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
+    with rank_of_two(rank, folder):
         for kind in ("ddp", "fsdp1", "fsdp2"):
             for channels_last in (False, True) if kind == "ddp" else (False,):
                 want = _train(kind, "never", channels_last, rank)
@@ -84,8 +80,6 @@ def _worker(rank, folder):
                         warnings.filterwarnings("error", message="(?i).*strides")  # DDP's reducer
                         got = _train(kind, when, channels_last, rank)
                     torch.testing.assert_close(got, want, rtol=1e-4, atol=1e-5)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:.*upsample. is deprecated")

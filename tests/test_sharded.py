@@ -1,16 +1,14 @@
 """FSDP1, two processes: what is optimized before it or after is served by it, or named with the true reason."""
 
-import os
-
 import gate_blocks
 import pool_heads
 import pytest
 import torch
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from test_optimize import BLOCKS, MODULES, image, seeded
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel
+from two_ranks import rank_of_two
 
 import attnkern
 from attnkern import testing
@@ -52,15 +50,12 @@ def _count(module, name, calls):
 
 
 def _worker(rank, folder, own):
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
     calls, counts = [], {True: 0, False: 0}
     for module in (_squeeze_excite, timm):
         _count(module, "run", calls)
     _count(pools, "pool", calls)
     _count(gates, "gate", calls)
-    try:
+    with rank_of_two(rank, folder):
         for name, make in _everything():
             for before in (True, False):
                 block, maps = make()
@@ -82,8 +77,6 @@ def _worker(rank, folder, own):
                 counts[before] += bool(calls)
         assert counts[True] == len([*_everything()])
         assert counts[False] >= len(MODULES) + len(BLOCKS)
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.filterwarnings("ignore:.*upsample. is deprecated")

@@ -1,13 +1,11 @@
 """What optimized models survive: copies, wrappers, tracers, compilers, data parallelism."""
 
 import copy
-import os
 import warnings
 
 import pytest
 import torch
 import torch._dynamo.utils
-import torch.distributed as dist
 import torch.multiprocessing as mp
 from nn_modules import copies
 from test_optimize import BLOCKS, MODULES, close, image, outcome, seeded
@@ -15,6 +13,7 @@ from timm.layers.squeeze_excite import SEModule
 from torch import nn
 from torch.distributed.fsdp import FullyShardedDataParallel, fully_shard
 from torch.nn.parallel import DistributedDataParallel
+from two_ranks import rank_of_two
 
 import attnkern
 
@@ -171,10 +170,7 @@ def _train(kind, optimized, channels_last, rank):
 
 
 def _worker(rank, kind, folder):
-    os.environ |= {"GLOO_SOCKET_IFNAME": "lo"}
-    torch.set_num_threads(1)
-    dist.init_process_group("gloo", f"file://{folder}/rendezvous", rank=rank, world_size=2)
-    try:
+    with rank_of_two(rank, folder):
         for channels_last in (False, True) if kind == "ddp" else (False,):
             want = _train(kind, "never", channels_last, rank)
             for when in ("before", "after"):
@@ -185,8 +181,6 @@ def _worker(rank, kind, folder):
             start = [p.detach() for p in _small().parameters()]
             if kind == "ddp":
                 assert not any(torch.equal(a, b) for a, b in zip(want, start, strict=True))
-    finally:
-        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("kind", ["ddp", "fsdp1", "fsdp2", "fsdp2 convolutions"])

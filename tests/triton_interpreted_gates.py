@@ -15,7 +15,7 @@ from attnkern import testing
 from attnkern._triton import tune
 from attnkern._triton.product import parts_of
 from attnkern.functional import attention_gate
-from attnkern.ops.attention_gate import op, reference, triton_plan
+from attnkern.ops.attention_gate import reference, schemas, triton_plan
 from attnkern.ops.attention_gate.cases import case
 from attnkern.ops.attention_gate.reference import Inputs, Options
 
@@ -142,7 +142,7 @@ def test_only_what_is_needed_is_written(resampled):
         arguments = (d, dq, *i, q, *(None,) * 6, *o, *flags)
         got = torch.ops.attnkern.attention_gate_bwd.triton(*arguments)
         assert len({g.untyped_storage()._cdata for g in got}) == len(got), "no two are one"
-        for g, fake, w in zip(got, op._bwd_fake(*arguments), want, strict=True):
+        for g, fake, w in zip(got, schemas._bwd_fake(*arguments), want, strict=True):
             assert (g.shape, g.dtype, g.stride()) == (fake.shape, fake.dtype, fake.stride())
             if g.numel():
                 torch.testing.assert_close(g, w, atol=1e-4, rtol=1e-4)
